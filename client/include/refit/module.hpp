@@ -1,0 +1,50 @@
+// What a client registers: a named list of tensors in shared memory.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "refit/memory.hpp"
+#include "refit/result.hpp"
+#include "refit/types.hpp"
+
+namespace refit {
+
+/// A module's manifest under construction. Holds its memory, so that what is registered stays mapped.
+class ModuleSpec {
+ public:
+  explicit ModuleSpec(std::string name) : name_(std::move(name)) {}
+
+  /// Adds a tensor whose bytes lie in `memory` at `data`. Strides in elements; empty means row-major contiguous.
+  /// Errors: Errc::bad_region if `data` is not inside `memory`.
+  Result<void> add(std::string tensor, DType dtype, Dims shape, const std::shared_ptr<SharedMemory>& memory,
+                   const void* data, Dims strides = {});
+  /// Adds a spec as it is; `spec.region` indexes the memories added so far. For callers that build boxes themselves.
+  void add(TensorSpec spec) { tensors_.push_back(std::move(spec)); }
+  /// Index of `memory` among the module's regions; adds it if it is new.
+  std::uint32_t add_region(const std::shared_ptr<SharedMemory>& memory);
+  /// Rewrite rules from this (source) module's names to a target's.
+  void set_name_map(std::vector<NameRule> rules) { name_map_ = std::move(rules); }
+
+  [[nodiscard]] const std::string& name() const noexcept { return name_; }
+  [[nodiscard]] const std::vector<TensorSpec>& tensors() const noexcept { return tensors_; }
+  [[nodiscard]] const std::vector<std::shared_ptr<SharedMemory>>& regions() const noexcept { return regions_; }
+  [[nodiscard]] const std::vector<NameRule>& name_map() const noexcept { return name_map_; }
+
+ private:
+  std::string name_;
+  std::vector<TensorSpec> tensors_;
+  std::vector<std::shared_ptr<SharedMemory>> regions_;
+  std::vector<NameRule> name_map_;
+};
+
+/// Row-major layout of many tensors in one SharedMemory: each start aligned to `align_bytes`.
+struct ArenaLayout {
+  std::vector<std::uint64_t> offsets;  ///< per tensor, in the order given
+  std::uint64_t bytes = 0;
+  static ArenaLayout pack(const std::vector<std::uint64_t>& tensor_bytes, std::uint64_t align_bytes = 64);
+};
+
+}  // namespace refit

@@ -1,0 +1,67 @@
+// The plan: which bytes of a source manifest go where in a target manifest, or everything that is wrong.
+//
+// Pure: no syscall, no clock, no thread of its own. Compiled once per (source, target, selection) and cached by its
+// owner; a steady refit only walks `copies`.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "plan/manifest.hpp"
+#include "refit/result.hpp"
+
+namespace refit::daemon {
+
+/// One strided copy: `run_bytes` contiguous bytes, repeated over up to `kDimsMax` loops (outermost first).
+/// A contiguous copy has no loops.
+struct Copy {
+  static constexpr std::size_t kDimsMax = 8;
+  struct Loop {
+    std::uint64_t count = 1;
+    std::uint64_t source_stride_bytes = 0;
+    std::uint64_t target_stride_bytes = 0;
+  };
+  std::uint32_t source_region = 0;
+  std::uint32_t target_region = 0;
+  std::uint64_t source_offset = 0;
+  std::uint64_t target_offset = 0;
+  std::uint64_t run_bytes = 0;
+  std::uint32_t loop_count = 0;
+  std::array<Loop, kDimsMax> loops{};
+
+  /// Bytes that this copy moves.
+  [[nodiscard]] std::uint64_t bytes() const noexcept {
+    std::uint64_t total = run_bytes;
+    for (std::uint32_t i = 0; i < loop_count; ++i) total *= loops[i].count;
+    return total;
+  }
+};
+
+struct PlanOptions {
+  std::vector<std::string> selection;  ///< target names; empty means every target
+  bool allow_unmatched = false;        ///< a source without a target is left alone instead of refused
+};
+
+struct Plan {
+  std::vector<Copy> copies;           ///< adjacent contiguous copies are merged, in order of target region and offset
+  std::vector<std::uint32_t> targets; ///< indices of the target tensors that are written, ascending
+  std::uint64_t bytes = 0;
+
+  /// True if every tensor of the target manifest is written.
+  bool whole = false;
+
+  /// Compiles a plan. Source names go through the source's name map; fused parts are placed along dimension 0 in part
+  /// order; boxes are intersected in the target's global shape, so sharded sources and targets are the same mechanism.
+  ///
+  /// Errors (Errc::manifest_mismatch, details complete and sorted, each naming the tensor and both sides): a source
+  /// that maps to no target (unless allowed or outside the selection), a target that no source reaches, a selected name
+  /// that the target lacks, several sources for the same bytes, fused targets with missing or inconsistent parts, dtype
+  /// or global shape that differ, boxes that leave bytes of a target uncovered, source and target that are the same
+  /// memory.
+  static Result<Plan> compile(const Manifest& source, const Manifest& target, const PlanOptions& options);
+};
+
+}  // namespace refit::daemon
