@@ -1,14 +1,17 @@
 // A client's list of tensors after every check that needs no second manifest.
 //
-// Pure: no syscall, no clock, no thread of its own. Built once per registration, immutable afterwards and shared by
-// plans and running refits. Knows nothing of sessions, sockets or mapped memory.
+// Pure: no syscall, no clock, no thread of its own. Built once per registration, immutable
+// afterwards and shared by plans and running refits. Knows nothing of sessions, sockets or mapped
+// memory. Every number and name in it was written by a peer: nothing may overflow, and no step may
+// cost more than n log n.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <string>
 #include <string_view>
-#include <unordered_map>
 #include <vector>
 
 #include "refit/result.hpp"
@@ -34,11 +37,23 @@ struct ManifestLimits {
 
 class Manifest {
  public:
-  /// Checks a whole manifest and lists everything wrong with it at once (Errc::bad_manifest; one detail per problem,
-  /// each naming the tensor): duplicate or empty names, bad dtype, too many dims, shape or byte arithmetic that
-  /// overflows, strides, offsets and lengths that leave the region, boxes that leave their global shape, regions that do
-  /// not exist, name rules that do not compile, limits. For a target also overlapping tensors (by the regions'
-  /// identity) and strides that make one tensor overlap itself.
+  /// No tensor has more dimensions, whatever the limits say: a copy has that many loops.
+  static constexpr std::size_t kDimsMax = 8;
+
+  /// Checks a whole manifest and lists everything wrong with it at once (Errc::bad_manifest; one
+  /// detail per problem, sorted, each naming the tensor): duplicate or illegal names, bad dtype,
+  /// too many dims, shape or byte arithmetic that overflows, strides, offsets and lengths that
+  /// leave the region, boxes that leave their global shape, regions that do not exist, name rules
+  /// that do not compile or rewrite a name to an illegal one, limits. For an engine also
+  /// overlapping tensors (by the regions' identity) and strides that make one tensor overlap
+  /// itself; strided tensors that interleave are taken where they are apart modulo a common stride
+  /// (the columns of one matrix) and refused otherwise. Of many tensors that overlap each other not
+  /// every pair is listed. A manifest with too many tensors, regions or rules is refused before any
+  /// of them is read.
+  ///
+  /// An empty tensor (one extent is zero) has no bytes; its offset may be the region's end.
+  /// Allocates; may take as long as the name map's bounded work, so not on a thread that serves
+  /// others.
   ///
   /// @param label  who registers, for messages: "engine/module" or "trainer/module".
   static Result<std::shared_ptr<const Manifest>> validate(std::string label, Role role,
@@ -47,23 +62,38 @@ class Manifest {
                                                           std::vector<NameRule> name_map,
                                                           const ManifestLimits& limits = {});
 
+  Manifest(const Manifest&) = delete;
+  Manifest& operator=(const Manifest&) = delete;
+
   [[nodiscard]] const std::string& label() const noexcept { return label_; }
+  /// With strides, global_shape and box_offset filled in.
   [[nodiscard]] const std::vector<TensorSpec>& tensors() const noexcept { return tensors_; }
   [[nodiscard]] const std::vector<RegionInfo>& regions() const noexcept { return regions_; }
   [[nodiscard]] const std::vector<NameRule>& name_map() const noexcept { return name_map_; }
   /// Bytes of all tensors (elements, not spans).
   [[nodiscard]] std::uint64_t bytes() const noexcept { return bytes_; }
-  /// Index into tensors(), or nullptr.
-  [[nodiscard]] const TensorSpec* find(std::string_view name) const;
+  /// The tensor of that name, or nullptr.
+  [[nodiscard]] const TensorSpec* find(std::string_view name) const noexcept;
+
+  /// Which target a tensor becomes, by the name map; its own name as a whole where no rule matches.
+  struct Destination {
+    std::string_view name;  ///< lives as long as the manifest
+    std::uint32_t part = 0;
+    std::uint32_t parts = 1;
+  };
+  [[nodiscard]] Destination destination(std::size_t tensor) const noexcept;
 
  private:
   Manifest() = default;
   std::string label_;
-  std::vector<TensorSpec> tensors_;  ///< strides, global_shape and box_offset filled in
+  std::vector<TensorSpec> tensors_;
   std::vector<RegionInfo> regions_;
   std::vector<NameRule> name_map_;
   std::uint64_t bytes_ = 0;
-  std::unordered_map<std::string_view, std::size_t> index_;  ///< views into tensors_, which never moves again
+  /// Indices sorted by name. Not a hash table: a peer could choose names that collide.
+  std::vector<std::uint32_t> by_name_;
+  std::vector<Destination> destinations_;  ///< empty without a name map
+  std::deque<std::string> rewritten_;      ///< what destinations_ points to; never moves
 };
 
 }  // namespace refit::daemon

@@ -1,7 +1,9 @@
-// The plan: which bytes of a source manifest go where in a target manifest, or everything that is wrong.
+// The plan: which bytes of a source manifest go where in a target manifest, or everything that is
+// wrong.
 //
-// Pure: no syscall, no clock, no thread of its own. Compiled once per (source, target, selection) and cached by its
-// owner; a steady refit only walks `copies`.
+// Pure: no syscall, no clock, no thread of its own. Compiled once per (source, target, selection)
+// and cached by its owner; a steady refit only walks `copies`. Knows no sessions and no mapped
+// memory.
 #pragma once
 
 #include <array>
@@ -15,10 +17,11 @@
 
 namespace refit::daemon {
 
-/// One strided copy: `run_bytes` contiguous bytes, repeated over up to `kDimsMax` loops (outermost first).
-/// A contiguous copy has no loops.
+/// One strided copy: `run_bytes` contiguous bytes, repeated over up to `kDimsMax` loops (outermost
+/// first). A contiguous copy has no loops. The target never meets itself; the source does where a
+/// stride of it is 0 (an expanded tensor).
 struct Copy {
-  static constexpr std::size_t kDimsMax = 8;
+  static constexpr std::size_t kDimsMax = Manifest::kDimsMax;
   struct Loop {
     std::uint64_t count = 1;
     std::uint64_t source_stride_bytes = 0;
@@ -42,26 +45,35 @@ struct Copy {
 
 struct PlanOptions {
   std::vector<std::string> selection;  ///< target names; empty means every target
-  bool allow_unmatched = false;        ///< a source without a target is left alone instead of refused
+  bool allow_unmatched = false;  ///< a source without a target is left alone instead of refused
 };
 
 struct Plan {
-  std::vector<Copy> copies;           ///< adjacent contiguous copies are merged, in order of target region and offset
-  std::vector<std::uint32_t> targets; ///< indices of the target tensors that are written, ascending
+  /// In order of target region and offset; adjacent contiguous copies are merged.
+  std::vector<Copy> copies;
+  std::vector<std::uint32_t>
+      targets;  ///< indices of the target tensors that are written, ascending
   std::uint64_t bytes = 0;
 
   /// True if every tensor of the target manifest is written.
   bool whole = false;
 
-  /// Compiles a plan. Source names go through the source's name map; fused parts are placed along dimension 0 in part
-  /// order; boxes are intersected in the target's global shape, so sharded sources and targets are the same mechanism.
+  /// Compiles a plan. Source names go through the source's name map; fused parts are placed along
+  /// dimension 0 in part order, and may differ in extent there; boxes are intersected in the
+  /// target's global shape, so sharded sources and targets are the same mechanism.
   ///
-  /// Errors (Errc::manifest_mismatch, details complete and sorted, each naming the tensor and both sides): a source
-  /// that maps to no target (unless allowed or outside the selection), a target that no source reaches, a selected name
-  /// that the target lacks, several sources for the same bytes, fused targets with missing or inconsistent parts, dtype
-  /// or global shape that differ, boxes that leave bytes of a target uncovered, source and target that are the same
-  /// memory.
-  static Result<Plan> compile(const Manifest& source, const Manifest& target, const PlanOptions& options);
+  /// With a selection, sources of targets that are not selected are left alone, and so are sources
+  /// that map to no target at all.
+  ///
+  /// Errors (Errc::manifest_mismatch, details complete and sorted, each naming the tensor and both
+  /// sides): a source that maps to no target (unless allowed or outside the selection), a target
+  /// that no source reaches, a selected name that the target lacks, several sources for the same
+  /// bytes, fused targets with missing or inconsistent parts, dtype or global shape that differ,
+  /// boxes that leave bytes of a target uncovered, source and target that are the same memory. Of
+  /// many sources for the same bytes not every pair is listed. A target that is cut into boxes so
+  /// oddly that proving them disjoint costs too much is refused too.
+  static Result<Plan> compile(const Manifest& source, const Manifest& target,
+                              const PlanOptions& options);
 };
 
 }  // namespace refit::daemon

@@ -16,7 +16,7 @@ struct CheckRequest {
   std::string engine;
   std::string module;
   DigestKind kind = DigestKind::sglang;
-  std::vector<NamedDigest> expected;
+  std::vector<NamedDigest> expected = {};
 };
 
 /// Lists are sorted and complete. Live tensors that are not expected are not looked at.
@@ -37,7 +37,7 @@ struct DigestRequest {
   std::string engine;
   std::string module;
   DigestKind kind = DigestKind::sglang;
-  std::vector<std::string> selection;  ///< empty means all
+  std::vector<std::string> selection = {};  ///< empty means all
   bool per_module = false;             ///< also the module's own digest, one serial stream
 };
 

@@ -22,18 +22,17 @@ class SharedMemory {
   SharedMemory(const SharedMemory&) = delete;
   SharedMemory& operator=(const SharedMemory&) = delete;
 
-  [[nodiscard]] std::byte* data() const noexcept { return data_; }
-  [[nodiscard]] std::size_t bytes() const noexcept { return bytes_; }
+  [[nodiscard]] std::byte* data() const noexcept;
+  [[nodiscard]] std::size_t bytes() const noexcept;
   /// The memfd; owned by this object.
-  [[nodiscard]] int fd() const noexcept { return fd_; }
-  /// True if [address, address + bytes) lies inside.
-  [[nodiscard]] bool contains(const void* address, std::size_t bytes) const noexcept;
+  [[nodiscard]] int fd() const noexcept;
+  /// True if [address, address + size) lies inside.
+  [[nodiscard]] bool contains(const void* address, std::size_t size) const noexcept;
 
  private:
-  SharedMemory(int fd, std::byte* data, std::size_t bytes) noexcept : fd_(fd), data_(data), bytes_(bytes) {}
-  int fd_;
-  std::byte* data_;
-  std::size_t bytes_;
+  struct State;
+  explicit SharedMemory(std::unique_ptr<State> state) noexcept;
+  std::unique_ptr<State> state_;
 };
 
 }  // namespace refit

@@ -19,8 +19,8 @@ namespace refit {
 struct RefitTarget {
   std::string engine;
   std::string module;
-  std::string source;                  ///< the trainer's module; empty means the same name as `module`
-  std::vector<std::string> selection;  ///< target tensor names; empty means all
+  std::string source = {};             ///< the trainer's module; empty means the same name as `module`
+  std::vector<std::string> selection = {};  ///< target tensor names; empty means all
   bool allow_unmatched = false;        ///< source tensors without a target are left alone instead of refused
 };
 
@@ -59,7 +59,7 @@ class Trainer {
   [[nodiscard]] Result<void> register_module(const ModuleSpec& module, Deadline deadline);
   [[nodiscard]] Result<void> unregister_module(const std::string& module, Deadline deadline);
 
-  /// Makes every selected tensor of the targets hold this trainer's bytes, all or nothing.
+  /// Makes every selected tensor of the target hold this trainer's bytes, all or nothing.
   ///
   /// @return The new version and the phases; Errc::manifest_mismatch with the complete list of what does not fit,
   ///         no_such_engine, no_such_module, permission, engine_not_ready, poisoned, quota, shutting_down (in all of
@@ -68,9 +68,10 @@ class Trainer {
   /// Blocks: until committed, refused or `deadline`. Pumps the gates of engines bound to the calling thread, so that
   /// trainer and engine may share it. Allocates: no, in the steady state.
   /// Ownership: the source tensors must not be written until it returns.
-  [[nodiscard]] Result<RefitReport> refit(const std::vector<RefitTarget>& targets, Deadline deadline,
-                                          const RefitOptions& options = {});
   [[nodiscard]] Result<RefitReport> refit(const RefitTarget& target, Deadline deadline, const RefitOptions& options = {});
+  /// The same for several modules, of one engine or of several: all are gated, written and committed together.
+  [[nodiscard]] Result<RefitReport> refit_all(const std::vector<RefitTarget>& targets, Deadline deadline,
+                                              const RefitOptions& options = {});
 
   /// Compares live bytes of the engine with expected digests.
   [[nodiscard]] Result<CheckReport> check(const CheckRequest& request, Deadline deadline);

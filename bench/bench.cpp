@@ -1,0 +1,166 @@
+// The state of one run and the pairs of processes that measure. See bench.hpp.
+//
+// Entered by the orchestrating thread. Must not measure anything itself.
+#include "bench.hpp"
+
+#include <sys/utsname.h>
+
+#include <cstdio>
+#include <fstream>
+
+#include "floor.hpp"
+
+namespace refit::bench {
+namespace {
+
+using nlohmann::json;
+using nlohmann::ordered_json;
+
+std::string first_line_value(const std::string& path, const std::string& key) {
+  std::ifstream stream(path);
+  std::string line;
+  while (std::getline(stream, line)) {
+    if (line.rfind(key, 0) != 0) continue;
+    const auto begin = line.find_first_not_of(" \t:", key.size());
+    return begin == std::string::npos ? "" : line.substr(begin);
+  }
+  return "";
+}
+
+ordered_json machine() {
+  utsname name{};
+  ::uname(&name);
+  return {{"cpu", first_line_value("/proc/cpuinfo", "model name")},
+          {"cores", allowed_cores().size()},
+          {"memory", first_line_value("/proc/meminfo", "MemTotal")},
+          {"kernel", name.release},
+          {"shmem_huge_pages",
+           first_line_value("/sys/kernel/mm/transparent_hugepage/shmem_enabled", "")}};
+}
+
+ordered_json empty_figures(const Model& model, const Options& options) {
+  ordered_json figures;
+  figures["model"] = model.name;
+  figures["tensors"] = model.target.size();
+  figures["bytes"] = model.bytes;
+  for (const char* key : {"page_bytes",
+                          "refit_s",
+                          "memcpy_s",
+                          "refit_over_memcpy",
+                          "first_refit_over_memcpy",
+                          "fixed_overhead_us",
+                          "register_ms",
+                          "populate_ms_per_GB",
+                          "check_s",
+                          "check_GBps",
+                          "sha256_one_stream_GBps",
+                          "ring_rtt_ns",
+                          "daemon_private_MiB",
+                          "daemon_memfd_MiB",
+                          "allocations_per_refit",
+                          "page_faults_per_refit",
+                          "syscalls_per_refit",
+                          "yields_per_refit",
+                          "opens_per_refit",
+                          "refit_over_memcpy_pairs",
+                          "register_source_ms",
+                          "fixed_overhead_busy_us",
+                          "adaptive_over_off",
+                          "madvise_ms_per_GB",
+                          "populate_over_madvise",
+                          "populate_4k_ms_per_GB",
+                          "populate_4k_over_madvise",
+                          "check_over_floor",
+                          "daemon_page_tables_MiB",
+                          "tensor_huge_page_fraction",
+                          "memcpy_methods_s",
+                          "digests_verified",
+                          "syscalls_by_name"}) {
+    figures[key] = nullptr;
+  }
+  figures["scale"] = options.scale;
+  figures["quick"] = options.quick;
+  figures["machine"] = machine();
+  figures["skipped"] = ordered_json::array();
+  return figures;
+}
+
+}  // namespace
+
+Result<Bench> Bench::make(Options options) {
+  REFIT_TRY_ASSIGN(Model model, load_model(options.manifest, options.scale));
+  REFIT_TRY_ASSIGN(TemporaryDirectory directory, TemporaryDirectory::make());
+  Bench bench(std::move(options), std::move(model), std::move(directory));
+  bench.figures = empty_figures(bench.model, bench.options);
+  return bench;
+}
+
+bool Bench::wants(const std::string& part) const {
+  if (options.only.empty()) return true;
+  for (const std::string& name : options.only) {
+    if (name == part) return true;
+  }
+  return false;
+}
+
+void Bench::progress(const std::string& text) const {
+  if (options.quiet) return;
+  const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - begin_;
+  std::fprintf(stderr, "[%6.1f s] %s\n", elapsed.count(), text.c_str());
+}
+
+void Bench::skip(const std::string& key, const std::string& reason) {
+  figures["skipped"].push_back({{"key", key}, {"reason", reason}});
+  progress("skipped " + key + ": " + reason);
+}
+
+json Bench::model_fields(bool cut) const {
+  return {{"manifest", options.manifest}, {"scale", options.scale}, {"cut", cut}};
+}
+
+Result<Pair> Pair::start(const Bench& bench, bool cut) {
+  REFIT_TRY_ASSIGN(Peer engine, Peer::start("engine"));
+  REFIT_TRY_ASSIGN(Peer trainer, Peer::start("trainer"));
+  json command = bench.model_fields(cut);
+  command["command"] = "allocate";
+  REFIT_TRY_ASSIGN(const Message memory, engine.call(command));
+  REFIT_TRY(trainer.call(command));
+  command["command"] = "map_target";
+  command["bytes"] = memory.body.at("bytes");
+  REFIT_TRY(trainer.call(command, memory.fd.get()));
+  return Pair{std::move(engine), std::move(trainer)};
+}
+
+Result<double> Pair::attach(const Daemon& daemon, const std::string& waiting) {
+  const json connect = {{"command", "connect"}, {"socket", daemon.socket()}, {"waiting", waiting}};
+  double seconds = 0;
+  for (Peer* peer : {&engine, &trainer}) {
+    REFIT_TRY(peer->call(connect));
+    REFIT_TRY_ASSIGN(const Message registered, peer->call({{"command", "register"}}));
+    seconds += registered.body.at("seconds").get<double>();
+  }
+  REFIT_TRY(open_gate(0));
+  return seconds;
+}
+
+Result<void> Pair::detach() {
+  for (Peer* peer : {&trainer, &engine}) REFIT_TRY(peer->call({{"command", "disconnect"}}));
+  return {};
+}
+
+Result<void> Pair::open_gate(int step_us) {
+  REFIT_TRY(engine.call({{"command", "gate"}, {"idle", false}, {"step_us", step_us}}));
+  return {};
+}
+
+Result<void> Pair::close_gate() {
+  REFIT_TRY(engine.call({{"command", "gate"}, {"idle", true}}));
+  return {};
+}
+
+Result<std::vector<double>> Pair::refits(int count) {
+  REFIT_TRY_ASSIGN(const Message message, trainer.call({{"command", "refits"}, {"count", count}}));
+  return message.body.at("seconds").get<std::vector<double>>();
+}
+
+}  // namespace refit::bench

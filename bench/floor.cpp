@@ -1,0 +1,287 @@
+// Plain copies at the speed of memory. See floor.hpp.
+//
+// Entered by the driving thread and by the team's pinned workers. Must not use the daemon's copy
+// code.
+#include "floor.hpp"
+
+#include <pthread.h>
+#include <sched.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstring>
+#include <limits>
+#include <mutex>
+#include <thread>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace refit::bench {
+namespace {
+
+constexpr std::size_t kChunkBytes = std::size_t{4} << 20;
+constexpr std::size_t kLineBytes = 64;
+
+#if defined(__x86_64__)
+
+__attribute__((target("avx512f"))) void stream_avx512(std::byte* to, const std::byte* from,
+                                                      std::size_t bytes) {
+  for (std::size_t i = 0; i < bytes; i += 4 * kLineBytes) {
+    const __m512i a = _mm512_loadu_si512(from + i);
+    const __m512i b = _mm512_loadu_si512(from + i + 64);
+    const __m512i c = _mm512_loadu_si512(from + i + 128);
+    const __m512i d = _mm512_loadu_si512(from + i + 192);
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), a);
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i + 64), b);
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i + 128), c);
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i + 192), d);
+  }
+  _mm_sfence();
+}
+
+__attribute__((target("avx2"))) void stream_avx2(std::byte* to, const std::byte* from,
+                                                 std::size_t bytes) {
+  for (std::size_t i = 0; i < bytes; i += 4 * 32) {
+    const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i));
+    const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i + 32));
+    const __m256i c = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i + 64));
+    const __m256i d = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i + 96));
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i), a);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i + 32), b);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i + 64), c);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i + 96), d);
+  }
+  _mm_sfence();
+}
+
+void rep_movsb(std::byte* to, const std::byte* from, std::size_t bytes) {
+  asm volatile("rep movsb" : "+D"(to), "+S"(from), "+c"(bytes) : : "memory");
+}
+
+bool has_avx512() { return __builtin_cpu_supports("avx512f") != 0; }
+bool has_avx2() { return __builtin_cpu_supports("avx2") != 0; }
+constexpr bool kHasRepMovsb = true;
+
+#else
+
+void stream_avx512(std::byte*, const std::byte*, std::size_t) {}
+void stream_avx2(std::byte*, const std::byte*, std::size_t) {}
+void rep_movsb(std::byte*, const std::byte*, std::size_t) {}
+bool has_avx512() { return false; }
+bool has_avx2() { return false; }
+constexpr bool kHasRepMovsb = false;
+
+#endif
+
+/// The streaming kinds take whole groups of lines at an aligned target; what is left over goes
+/// through memcpy.
+template <typename Kernel>
+void stream(Kernel kernel, std::byte* to, const std::byte* from, std::size_t bytes) {
+  const std::size_t misaligned = reinterpret_cast<std::uintptr_t>(to) % kLineBytes;
+  const std::size_t head = std::min(bytes, misaligned == 0 ? 0 : kLineBytes - misaligned);
+  std::memcpy(to, from, head);
+  const std::size_t body = (bytes - head) / (4 * kLineBytes) * (4 * kLineBytes);
+  kernel(to + head, from + head, body);
+  std::memcpy(to + head + body, from + head + body, bytes - head - body);
+}
+
+void copy_range(CopyKind kind, std::byte* to, const std::byte* from, std::size_t bytes) {
+  switch (kind) {
+    case CopyKind::memcpy:
+      std::memcpy(to, from, bytes);
+      return;
+    case CopyKind::stream_avx512:
+      stream(stream_avx512, to, from, bytes);
+      return;
+    case CopyKind::stream_avx2:
+      stream(stream_avx2, to, from, bytes);
+      return;
+    case CopyKind::rep_movsb:
+      rep_movsb(to, from, bytes);
+      return;
+  }
+}
+
+std::vector<CopyMethod> methods(std::size_t cores) {
+  std::vector<CopyKind> kinds{CopyKind::memcpy};
+  if (has_avx512()) kinds.push_back(CopyKind::stream_avx512);
+  if (has_avx2()) kinds.push_back(CopyKind::stream_avx2);
+  if (kHasRepMovsb) kinds.push_back(CopyKind::rep_movsb);
+  std::vector<CopyMethod> all;
+  for (std::size_t threads = 1; threads <= cores; ++threads) {
+    for (const CopyKind kind : kinds) {
+      all.push_back({kind, threads, false});
+      if (threads > 1) all.push_back({kind, threads, true});
+    }
+  }
+  return all;
+}
+
+}  // namespace
+
+std::string CopyMethod::to_string() const {
+  const char* name = kind == CopyKind::memcpy          ? "memcpy"
+                     : kind == CopyKind::stream_avx512 ? "non-temporal avx512"
+                     : kind == CopyKind::stream_avx2   ? "non-temporal avx2"
+                                                       : "rep movsb";
+  return std::string(name) + " x " + std::to_string(threads) +
+         (threads == 1 ? " thread" : " threads") + (chunks ? ", chunks" : "");
+}
+
+std::vector<int> allowed_cores() {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  std::vector<int> cores;
+  if (::sched_getaffinity(0, sizeof set, &set) == 0) {
+    for (int core = 0; core < CPU_SETSIZE; ++core) {
+      if (CPU_ISSET(static_cast<std::size_t>(core), &set)) cores.push_back(core);
+    }
+  }
+  if (cores.empty()) cores.push_back(0);
+  return cores;
+}
+
+cpu_set_t only_core(int core) noexcept {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  CPU_SET(static_cast<std::size_t>(core), &set);
+  return set;
+}
+
+struct CopyTeam::Shared {
+  std::mutex mutex;
+  std::condition_variable begin, done;
+  std::uint64_t round = 0;
+  std::size_t running = 0;
+  bool stop = false;
+
+  CopyMethod method;
+  std::byte* to = nullptr;
+  const std::byte* from = nullptr;
+  std::size_t bytes = 0;
+  std::atomic<std::size_t> next{0};
+
+  std::vector<std::thread> workers;
+
+  void work(std::size_t worker) {
+    std::uint64_t seen = 0;
+    std::unique_lock lock(mutex);
+    while (true) {
+      begin.wait(lock, [&] { return stop || round != seen; });
+      if (stop) return;
+      seen = round;
+      if (worker >= method.threads) continue;
+      lock.unlock();
+      copy_share(worker);
+      lock.lock();
+      if (--running == 0) done.notify_one();
+    }
+  }
+
+  void copy_share(std::size_t worker) {
+    if (!method.chunks) {
+      const std::size_t share = (bytes / method.threads + kLineBytes - 1) / kLineBytes * kLineBytes;
+      const std::size_t first = std::min(bytes, worker * share);
+      const std::size_t last =
+          worker + 1 == method.threads ? bytes : std::min(bytes, first + share);
+      copy_range(method.kind, to + first, from + first, last - first);
+      return;
+    }
+    while (true) {
+      const std::size_t first = next.fetch_add(kChunkBytes);
+      if (first >= bytes) return;
+      copy_range(method.kind, to + first, from + first, std::min(kChunkBytes, bytes - first));
+    }
+  }
+};
+
+CopyTeam::CopyTeam() : shared_(std::make_unique<Shared>()) {
+  const std::vector<int> cores = allowed_cores();
+  for (std::size_t i = 0; i < cores.size(); ++i) {
+    shared_->workers.emplace_back([shared = shared_.get(), i] { shared->work(i); });
+    const cpu_set_t set = only_core(cores[i]);
+    ::pthread_setaffinity_np(shared_->workers.back().native_handle(), sizeof set, &set);
+  }
+}
+
+CopyTeam::~CopyTeam() {
+  {
+    const std::lock_guard lock(shared_->mutex);
+    shared_->stop = true;
+  }
+  shared_->begin.notify_all();
+  for (std::thread& worker : shared_->workers) worker.join();
+}
+
+double CopyTeam::copy(const CopyMethod& method, std::byte* to, const std::byte* from,
+                      std::size_t bytes) {
+  Shared& shared = *shared_;
+  // Waking a worker would cost more than a small copy; the caller is as good as any other one
+  // thread.
+  if (method.threads == 1) return seconds_of([&] { copy_range(method.kind, to, from, bytes); });
+  std::unique_lock lock(shared.mutex);
+  shared.method = method;
+  shared.to = to;
+  shared.from = from;
+  shared.bytes = bytes;
+  shared.next = 0;
+  shared.running = method.threads;
+  return seconds_of([&] {
+    ++shared.round;
+    shared.begin.notify_all();
+    shared.done.wait(lock, [&] { return shared.running == 0; });
+  });
+}
+
+CopyTeam::Calibration CopyTeam::calibrate(std::byte* to, const std::byte* from, std::size_t bytes,
+                                          int rounds) {
+  constexpr double kFarBehind = 1.35;
+  struct Candidate {
+    CopyMethod method;
+    Samples samples;
+  };
+  std::vector<Candidate> candidates;
+  for (const CopyMethod& method : methods(shared_->workers.size()))
+    candidates.push_back({method, {}});
+
+  copy(candidates.front().method, to, from, bytes);
+  double best = std::numeric_limits<double>::max();
+  for (int round = 0; round < rounds; ++round) {
+    for (Candidate& candidate : candidates) {
+      if (round > 0 && smallest(candidate.samples) > best * kFarBehind) continue;
+      candidate.samples.push_back(copy(candidate.method, to, from, bytes));
+    }
+    for (const Candidate& candidate : candidates)
+      best = std::min(best, smallest(candidate.samples));
+  }
+
+  Calibration result;
+  result.best_s = best;
+  double winner = std::numeric_limits<double>::max();
+  for (const Candidate& candidate : candidates) {
+    const double middle = median(candidate.samples);
+    result.medians_s.emplace_back(candidate.method.to_string(), middle);
+    if (candidate.samples.size() == static_cast<std::size_t>(rounds) && middle < winner) {
+      winner = middle;
+      result.winner = candidate.method;
+    }
+  }
+  return result;
+}
+
+void on_all_cores(std::size_t count, const std::function<void(std::size_t)>& work) {
+  std::atomic<std::size_t> next{0};
+  const auto loop = [&] {
+    for (std::size_t i = next++; i < count; i = next++) work(i);
+  };
+  std::vector<std::thread> helpers;
+  for (std::size_t i = 1; i < std::min(count, allowed_cores().size()); ++i)
+    helpers.emplace_back(loop);
+  loop();
+  for (std::thread& helper : helpers) helper.join();
+}
+
+}  // namespace refit::bench

@@ -1,0 +1,140 @@
+// Answers of the daemon as JSON. Pure; any thread. Knows nothing of options and the socket.
+#include "refitctl/format/json.hpp"
+
+#include <cmath>
+#include <nlohmann/json.hpp>
+
+#include "refitctl/format/text.hpp"
+#include "refitctl/format/views.hpp"
+
+namespace refit::ctl {
+namespace {
+
+using Json = nlohmann::json;
+
+std::string dump(const Json& json) {
+  return json.dump(2, ' ', true, Json::error_handler_t::replace) + "\n";
+}
+
+Json text_or_null(const std::string& text) { return text.empty() ? Json() : Json(text); }
+
+// A float's shortest decimal, not the double that it widens to; JSON has no infinity.
+Json microseconds(float us) {
+  if (!std::isfinite(us)) return {};
+  return std::round(static_cast<double>(us) * 1000) / 1000;
+}
+
+Json module_object(const ModuleStatus& module) {
+  Json json = {
+      {"engine", module.engine},
+      {"module", module.module},
+      {"state", module_state_name(module.state)},
+      {"version", module.version},
+      {"source", text_or_null(module.source)},
+      {"transaction", module.transaction.is_zero() ? Json() : Json(module.transaction.to_string())},
+      {"tensors", module.tensors},
+      {"bytes", module.bytes},
+      {"refits", module.refits},
+      {"populated", module.populated},
+      {"last_refit", Json()}};
+  if (module.refits > 0) {
+    json["last_refit"] = {{"wait_us", microseconds(module.last.wait_us)},
+                          {"gate_us", microseconds(module.last.gate_us)},
+                          {"copy_us", microseconds(module.last.copy_us)},
+                          {"check_us", microseconds(module.last.check_us)},
+                          {"total_us", microseconds(module.last.total_us)},
+                          {"bytes", module.last_bytes}};
+  }
+  return json;
+}
+
+Json module_array(const DaemonStatus& status) {
+  Json modules = Json::array();
+  for (const ModuleStatus& module : status.modules) modules.push_back(module_object(module));
+  return modules;
+}
+
+}  // namespace
+
+std::string status_json(const DaemonStatus& status) {
+  Json sessions = Json::array();
+  for (const SessionStatus& session : status.sessions) {
+    sessions.push_back({{"id", session.id},
+                        {"role", role_name(session.role)},
+                        {"name", session.name},
+                        {"uid", session.uid},
+                        {"pid", session.pid},
+                        {"modules", session.modules}});
+  }
+  return dump({{"daemon",
+                {{"version", status.version},
+                 {"pid", status.pid},
+                 {"uptime_us", status.uptime_us},
+                 {"socket", status.socket},
+                 {"waiting", waiting_name(status.waiting)},
+                 {"copy_kernel", status.copy_kernel},
+                 {"copy_threads", status.copy_threads},
+                 {"draining", status.draining},
+                 {"refits", status.refits}}},
+               {"sessions", sessions},
+               {"modules", module_array(status)}});
+}
+
+std::string modules_json(const DaemonStatus& status) {
+  return dump({{"modules", module_array(status)}});
+}
+
+std::string tensors_json(const Target& target, const std::vector<TensorSpec>& tensors) {
+  Json list = Json::array();
+  for (const TensorSpec& tensor : tensors) {
+    list.push_back({{"name", tensor.name},
+                    {"dtype", dtype_name(tensor.dtype)},
+                    {"shape", tensor.shape},
+                    {"strides", tensor.strides},
+                    {"region", tensor.region},
+                    {"offset_bytes", tensor.offset_bytes},
+                    {"bytes", tensor_bytes(tensor)},
+                    {"global_shape", tensor.global_shape},
+                    {"box_offset", tensor.box_offset}});
+  }
+  return dump({{"engine", target.engine}, {"module", target.module}, {"tensors", list}});
+}
+
+Result<std::string> digest_json(const Target& target, DigestKind kind, const DigestReport& report) {
+  Json tensors = Json::object();
+  std::vector<std::string> unprintable;
+  for (const auto& [name, digest] : report.tensors) {
+    if (!is_utf8(name)) unprintable.push_back("tensor \"" + name + "\"");
+    tensors[name] = digest.to_hex();
+  }
+  if (!unprintable.empty()) {
+    return fail(Errc::bad_manifest,
+                "names in " + target.to_string() +
+                    " are not UTF-8, so JSON cannot carry them; without --json they are shown",
+                std::move(unprintable));
+  }
+  return dump({{"engine", target.engine},
+               {"module", target.module},
+               {"kind", digest_kind_name(kind)},
+               {"version", report.version},
+               {"state", module_state_name(report.state)},
+               {"module_digest", report.module.length == 0 ? Json() : Json(report.module.to_hex())},
+               {"tensors", tensors}});
+}
+
+std::string check_json(const CheckResult& result) {
+  return dump({{"engine", result.target.engine},
+               {"module", result.target.module},
+               {"kind", digest_kind_name(result.kind)},
+               {"ok", result.ok()},
+               {"expected", result.expected},
+               {"equal", result.report.verified},
+               {"missing", result.report.missing},
+               {"mismatched", result.report.mismatched},
+               {"module_equal", result.module_equal ? Json(*result.module_equal) : Json()},
+               {"tensors_live", result.tensors_live ? Json(*result.tensors_live) : Json()},
+               {"state", module_state_name(result.report.state)},
+               {"version", result.report.version}});
+}
+
+}  // namespace refit::ctl

@@ -1,0 +1,42 @@
+// What the user asked refitctl for.
+//
+// Pure but for the socket's default, which is of the environment. One thread. The only place that
+// knows the option library; knows nothing of the daemon.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "refit/types.hpp"
+#include "refitctl/failure.hpp"
+#include "refitctl/target.hpp"
+
+namespace refit::ctl {
+
+enum class Command { status, modules, tensors, digest, check };
+
+struct Options {
+  Command command = Command::status;
+  std::string socket_path;
+  bool socket_given = false;  ///< by --socket, and not by the environment
+  double timeout_s = 0;
+  bool json = false;
+  std::optional<Target> target;      ///< of tensors and digest; of check if it was given
+  std::optional<DigestKind> kind;    ///< nothing if it was not given
+  std::vector<std::string> tensors;  ///< digest: empty means all
+  bool module = false;               ///< digest: also the module's own
+  std::string manifest_path;         ///< check: "-" is standard input
+};
+
+/// Help or a version, to be printed to standard output.
+struct Information {
+  std::string text;
+};
+
+/// Errors: bad arguments; a bad configuration if the environment names an unusable socket.
+[[nodiscard]] Outcome<std::variant<Options, Information>> parse_options(int argc,
+                                                                        const char* const* argv);
+
+}  // namespace refit::ctl

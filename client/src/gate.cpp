@@ -1,0 +1,189 @@
+#include "gate.hpp"
+
+#include <algorithm>
+
+namespace refit {
+
+void Gate::attach(Session* session) {
+  const std::lock_guard lock(mutex_);
+  session_ = session;
+  answered_epoch_ = 0;
+  holding_.store(false);
+  for (Slot& slot : slots_) slot.index = kNoIndex;
+}
+
+void Gate::detach() {
+  const std::lock_guard lock(mutex_);
+  for (Slot& slot : slots_) {
+    slot.held = held_of(slot);
+    slot.index = kNoIndex;
+  }
+  holding_.store(false);
+  session_ = nullptr;
+}
+
+void Gate::put(ModuleSpec spec, std::uint32_t index) {
+  const std::lock_guard lock(mutex_);
+  for (Slot& slot : slots_) {
+    if (slot.spec.name() != spec.name()) continue;
+    slot.spec = std::move(spec);
+    slot.index = index;
+    return;
+  }
+  slots_.push_back({std::move(spec), index, {}});
+}
+
+void Gate::remove(const std::string& module) {
+  const std::lock_guard lock(mutex_);
+  std::erase_if(slots_, [&](const Slot& slot) { return slot.spec.name() == module; });
+}
+
+HeldState Gate::held(const std::string& module) const {
+  const std::lock_guard lock(mutex_);
+  const Slot* slot = find(module);
+  return slot == nullptr ? HeldState{} : held_of(*slot);
+}
+
+std::vector<ModuleSpec> Gate::specs() const {
+  const std::lock_guard lock(mutex_);
+  std::vector<ModuleSpec> specs;
+  for (const Slot& slot : slots_) specs.push_back(slot.spec);
+  return specs;
+}
+
+const ModuleBlock* Gate::block(const Slot& slot) const noexcept {
+  if (session_ == nullptr || slot.index >= kModulesMax) return nullptr;
+  return &session_->response_region().modules[slot.index];
+}
+
+ModuleState Gate::state_of(const Slot& slot) const noexcept {
+  if (const ModuleBlock* words = block(slot)) {
+    const ModuleState state = ModuleWord::unpack(words->word.load()).state;
+    if (state != ModuleState::none) return state;
+  }
+  if (slot.held.poisoned) return ModuleState::poisoned;
+  return slot.held.version == 0 ? ModuleState::initial : ModuleState::committed;
+}
+
+HeldState Gate::held_of(const Slot& slot) const noexcept {
+  const ModuleBlock* words = block(slot);
+  if (words == nullptr) return slot.held;
+  const ModuleReading reading = read_module(*words);
+  switch (reading.word.state) {
+    case ModuleState::writing:
+    case ModuleState::poisoned:
+      // The record of an unfinished write names the version that the bytes never became.
+      return {slot.held.version, reading.transaction, true};
+    case ModuleState::initial:
+    case ModuleState::committed: return {reading.version, reading.transaction, false};
+    case ModuleState::none: break;
+  }
+  return slot.held;
+}
+
+const Gate::Slot* Gate::find(const std::string& module) const noexcept {
+  for (const Slot& slot : slots_) {
+    if (slot.spec.name() == module) return &slot;
+  }
+  return nullptr;
+}
+
+std::uint64_t Gate::asked_epoch() const noexcept {
+  if (session_ == nullptr) return 0;
+  const GateWord gate = GateWord::unpack(session_->response_region().gate.load());
+  return gate.state == GateState::prepare && gate.epoch > answered_epoch_ ? gate.epoch : 0;
+}
+
+bool Gate::due() const noexcept {
+  if (session_ == nullptr) return false;
+  const GateWord gate = GateWord::unpack(session_->response_region().gate.load());
+  if (holding_.load()) return gate.epoch != answered_epoch_ || gate.state != GateState::prepare;
+  return gate.state == GateState::prepare && gate.epoch > answered_epoch_;
+}
+
+bool Gate::long_copy() const noexcept {
+  return session_ != nullptr &&
+         (GateWord::unpack(session_->response_region().gate.load()).flags & GateWord::kLongCopy) != 0;
+}
+
+Gate::Progress Gate::pump() {
+  if (session_ == nullptr) return Progress::idle;
+  const GateWord gate = GateWord::unpack(session_->response_region().gate.load());
+  if (holding_.load()) {
+    if (gate.epoch == answered_epoch_ && gate.state == GateState::prepare) return Progress::holding;
+    release(gate);
+    return Progress::released;
+  }
+  if (gate.state != GateState::prepare || gate.epoch <= answered_epoch_) return Progress::idle;
+  answered_epoch_ = gate.epoch;
+  holding_.store(true);
+  // Pairs with the daemon's load in Transaction::all_ready.
+  session_->request_region().gate_answer.store(AnswerWord{gate.epoch, AnswerState::ready}.pack());
+  session_->ring_daemon();
+  return Progress::holding;
+}
+
+void Gate::release(GateWord gate) {
+  GateEvent event;
+  event.reset_caches = gate.epoch == answered_epoch_ && (gate.flags & GateWord::kResetCaches) != 0;
+  const std::lock_guard lock(mutex_);
+  for (Slot& slot : slots_) {
+    const ModuleBlock* words = block(slot);
+    if (words == nullptr) continue;
+    const ModuleReading reading = read_module(*words);
+    if (reading.word.state != ModuleState::committed || reading.word.epoch != answered_epoch_) continue;
+    event.modules.push_back({slot.spec.name(), reading.version, reading.transaction});
+    slot.held = {reading.version, reading.transaction, false};
+  }
+  holding_.store(false);
+  if (!event.modules.empty()) event_ = std::move(event);
+}
+
+bool Gate::withdraw() {
+  if (session_ == nullptr || !holding_.load()) return true;
+  // Store, then load: the daemon stores `writing` and then loads this word, so at least one of the two sees the other and
+  // steps back. Pairs with Transaction::begin_writing.
+  session_->request_region().gate_answer.store(AnswerWord{answered_epoch_, AnswerState::withdrawn}.pack());
+  for (const Slot& slot : slots_) {
+    const ModuleBlock* words = block(slot);
+    if (words != nullptr && ModuleWord::unpack(words->word.load()).state == ModuleState::writing) return false;
+  }
+  holding_.store(false);
+  session_->ring_daemon();
+  return true;
+}
+
+std::optional<GateEvent> Gate::take_event() {
+  std::optional<GateEvent> event = std::move(event_);
+  event_.reset();
+  return event;
+}
+
+std::optional<GateEvent> Gate::committed_while_holding() {
+  if (session_ == nullptr || !holding_.load()) return std::nullopt;
+  release(GateWord::unpack(session_->response_region().gate.load()));
+  return take_event();
+}
+
+bool Gate::step_allowed() const {
+  if (holding_.load()) return false;
+  const std::lock_guard lock(mutex_);
+  return std::all_of(slots_.begin(), slots_.end(), [this](const Slot& slot) {
+    const ModuleState now = state_of(slot);
+    return now != ModuleState::writing && now != ModuleState::poisoned;
+  });
+}
+
+ModuleState Gate::state(const std::string& module) const {
+  const std::lock_guard lock(mutex_);
+  const Slot* slot = find(module);
+  return slot == nullptr ? ModuleState::none : state_of(*slot);
+}
+
+std::uint64_t Gate::version(const std::string& module) const {
+  const std::lock_guard lock(mutex_);
+  const Slot* slot = find(module);
+  return slot == nullptr ? 0 : held_of(*slot).version;
+}
+
+}  // namespace refit

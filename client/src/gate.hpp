@@ -1,0 +1,83 @@
+// The engine's side of the gate: when it holds still, when it may go on, what it knows when the daemon dies.
+//
+// One thread at a time, but step_allowed() and the state readers, which any thread may call. Never blocks; Engine and
+// Trainer do the waiting. See ipc/state_word.hpp for the words.
+#pragma once
+
+#include <atomic>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "ipc/state_word.hpp"
+#include "refit/engine.hpp"
+#include "requests.hpp"
+#include "session.hpp"
+
+namespace refit {
+
+class Gate {
+ public:
+  /// Starts over with a new session: no epoch has been answered, every module must be registered again.
+  void attach(Session* session);
+  /// The session is over and its daemon cannot write any more: keeps what the state words said last.
+  void detach();
+  [[nodiscard]] bool attached() const noexcept { return session_ != nullptr; }
+
+  /// A module was registered under `index` of the state words.
+  void put(ModuleSpec spec, std::uint32_t index);
+  void remove(const std::string& module);
+  /// What this side knows of a module's bytes, for registering it again. Fresh if it is not known.
+  [[nodiscard]] HeldState held(const std::string& module) const;
+  [[nodiscard]] std::vector<ModuleSpec> specs() const;
+
+  enum class Progress { idle, holding, released };
+
+  /// One step: answers `prepare` with ready, notices the release. Released means an event may wait in take_event().
+  Progress pump();
+  /// True if pump() has something to do. One load.
+  [[nodiscard]] bool due() const noexcept;
+  /// The epoch that the daemon asks for and that was not answered yet, or 0.
+  [[nodiscard]] std::uint64_t asked_epoch() const noexcept;
+  [[nodiscard]] bool holding() const noexcept { return holding_.load(); }
+  /// The daemon said that what follows takes long: block, do not spin.
+  [[nodiscard]] bool long_copy() const noexcept;
+
+  /// Steps back from the gate. False if bytes are being written: then only the daemon's word or its death opens it.
+  bool withdraw();
+
+  std::optional<GateEvent> take_event();
+  /// Once the daemon is dead: what it had committed of the epoch that this side still holds for, if anything.
+  std::optional<GateEvent> committed_while_holding();
+
+  // Any thread.
+  [[nodiscard]] bool step_allowed() const;
+  [[nodiscard]] ModuleState state(const std::string& module) const;
+  [[nodiscard]] std::uint64_t version(const std::string& module) const;
+
+ private:
+  static constexpr std::uint32_t kNoIndex = kModulesMax;
+
+  struct Slot {
+    ModuleSpec spec;
+    std::uint32_t index = kNoIndex;
+    HeldState held;  ///< what is known of the bytes when no daemon vouches for them
+  };
+
+  [[nodiscard]] const ModuleBlock* block(const Slot& slot) const noexcept;
+  [[nodiscard]] ModuleState state_of(const Slot& slot) const noexcept;
+  [[nodiscard]] HeldState held_of(const Slot& slot) const noexcept;
+  [[nodiscard]] const Slot* find(const std::string& module) const noexcept;
+  void release(GateWord gate);
+
+  /// Guards session_ and slots_ against the readers of other threads; the engine's own thread alone changes them.
+  mutable std::mutex mutex_;
+  Session* session_ = nullptr;
+  std::vector<Slot> slots_;
+  std::uint64_t answered_epoch_ = 0;
+  std::atomic<bool> holding_{false};
+  std::optional<GateEvent> event_;
+};
+
+}  // namespace refit

@@ -1,0 +1,113 @@
+#include "refit/observer.hpp"
+
+#include "requests.hpp"
+
+namespace refit {
+namespace {
+
+Phases phases_from_wire(const wire::Phases* phases) {
+  if (phases == nullptr) return {};
+  return {phases->wait(), phases->gate(), phases->copy(), phases->check(), phases->total()};
+}
+
+Dims dims_from_wire(const flatbuffers::Vector<std::uint64_t>* values) {
+  return values == nullptr ? Dims{} : Dims(values->begin(), values->end());
+}
+
+}  // namespace
+
+class Observer::Impl {
+ public:
+  explicit Impl(std::unique_ptr<Session> opened) : session(std::move(opened)) {}
+  std::unique_ptr<Session> session;
+};
+
+Observer::Observer(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Observer::~Observer() = default;
+Observer::Observer(Observer&&) noexcept = default;
+Observer& Observer::operator=(Observer&&) noexcept = default;
+
+Result<Observer> Observer::connect(const std::string& name, const ConnectOptions& options, Deadline deadline) {
+  REFIT_TRY_ASSIGN(auto session, Session::connect(Role::observer, name, options, deadline));
+  return Observer(std::make_unique<Impl>(std::move(session)));
+}
+
+Result<DaemonStatus> Observer::status(Deadline deadline) {
+  Session& session = *impl_->session;
+  auto& fbb = session.builder();
+  fbb.Finish(wire::CreateStatusQuery(fbb));
+  REFIT_TRY_ASSIGN(const wire::Reply* reply, session.call(wire::Opcode::status, deadline, Expect::long_running));
+  const auto* body = reply->body_as_Status();
+  if (body == nullptr) return fail(Errc::protocol, "the daemon's reply is not a status");
+  DaemonStatus status;
+  status.version = view(body->daemon_version());
+  status.copy_kernel = view(body->copy_kernel());
+  status.socket = view(body->socket());
+  status.pid = body->pid();
+  status.copy_threads = body->copy_threads();
+  status.uptime_us = body->uptime_us();
+  status.refits = body->refits();
+  status.waiting = static_cast<Waiting>(body->waiting());
+  status.draining = body->draining();
+  if (body->sessions() != nullptr) {
+    for (const auto* entry : *body->sessions()) {
+      status.sessions.push_back({entry->id(), static_cast<Role>(entry->role()), std::string(view(entry->name())), entry->uid(),
+                                 entry->pid(), entry->modules()});
+    }
+  }
+  if (body->modules() != nullptr) {
+    for (const auto* entry : *body->modules()) {
+      ModuleStatus module;
+      module.engine = view(entry->engine());
+      module.module = view(entry->module_name());
+      module.state = static_cast<ModuleState>(entry->state());
+      module.version = entry->version();
+      module.source = view(entry->source());
+      module.transaction = from_wire(entry->transaction());
+      module.tensors = entry->tensors();
+      module.bytes = entry->bytes();
+      module.refits = entry->refits();
+      module.last_bytes = entry->last_bytes();
+      module.last = phases_from_wire(entry->last());
+      module.populated = entry->populated();
+      status.modules.push_back(std::move(module));
+    }
+  }
+  return status;
+}
+
+Result<std::vector<TensorSpec>> Observer::tensors(const std::string& engine, const std::string& module, Deadline deadline) {
+  Session& session = *impl_->session;
+  auto& fbb = session.builder();
+  const auto engine_name = fbb.CreateString(engine);
+  const auto module_name = fbb.CreateString(module);
+  fbb.Finish(wire::CreateTensorsQuery(fbb, engine_name, module_name));
+  REFIT_TRY_ASSIGN(const wire::Reply* reply, session.call(wire::Opcode::tensors, deadline, Expect::long_running));
+  const auto* body = reply->body_as_TensorList();
+  if (body == nullptr) return fail(Errc::protocol, "the daemon's reply is not a tensor list");
+  std::vector<TensorSpec> tensors;
+  if (body->tensors() == nullptr) return tensors;
+  for (const auto* entry : *body->tensors()) {
+    TensorSpec spec;
+    spec.name = view(entry->name());
+    spec.dtype = static_cast<DType>(entry->dtype());
+    spec.shape = dims_from_wire(entry->shape());
+    spec.strides = dims_from_wire(entry->strides());
+    spec.region = entry->region();
+    spec.offset_bytes = entry->offset();
+    spec.global_shape = dims_from_wire(entry->global_shape());
+    spec.box_offset = dims_from_wire(entry->box_offset());
+    tensors.push_back(std::move(spec));
+  }
+  return tensors;
+}
+
+Result<CheckReport> Observer::check(const CheckRequest& request, Deadline deadline) {
+  return refit::check(*impl_->session, request, deadline);
+}
+
+Result<DigestReport> Observer::digest(const DigestRequest& request, Deadline deadline) {
+  return refit::digest(*impl_->session, request, deadline);
+}
+
+}  // namespace refit

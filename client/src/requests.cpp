@@ -1,0 +1,135 @@
+#include "requests.hpp"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+
+namespace refit {
+namespace {
+
+Digest digest_from_wire(const flatbuffers::Vector<std::uint8_t>* bytes) {
+  Digest digest;
+  if (bytes == nullptr || bytes->size() > digest.bytes.size()) return digest;
+  std::copy(bytes->begin(), bytes->end(), digest.bytes.begin());
+  digest.length = static_cast<std::uint8_t>(bytes->size());
+  return digest;
+}
+
+Unexpected wrong_body(const char* what) {
+  return fail(Errc::protocol, std::string("the daemon's reply is not a ") + what);
+}
+
+}  // namespace
+
+std::uint64_t daemon_budget_us(Deadline deadline) {
+  using std::chrono::microseconds;
+  const auto left = std::chrono::duration_cast<microseconds>(deadline.point() - Deadline::Clock::now());
+  if (left.count() <= 0) return 0;
+  return static_cast<std::uint64_t>((left - std::min(left / 10, microseconds(100'000))).count());
+}
+
+Result<std::uint32_t> register_module(Session& session, const ModuleSpec& module, const HeldState& held,
+                                      Deadline deadline) {
+  std::vector<std::uint64_t> tickets;
+  for (const auto& memory : module.regions()) {
+    REFIT_TRY_ASSIGN(const std::uint64_t ticket, session.send_fd(memory->fd(), deadline));
+    tickets.push_back(ticket);
+  }
+  auto& fbb = session.builder();
+  std::vector<flatbuffers::Offset<wire::Region>> regions;
+  for (std::size_t i = 0; i < tickets.size(); ++i) {
+    regions.push_back(wire::CreateRegion(fbb, tickets[i], module.regions()[i]->bytes()));
+  }
+  std::vector<flatbuffers::Offset<wire::Tensor>> tensors;
+  tensors.reserve(module.tensors().size());
+  const auto dims = [&fbb](const Dims& values) {
+    return values.empty() ? flatbuffers::Offset<flatbuffers::Vector<std::uint64_t>>() : fbb.CreateVector(values);
+  };
+  for (const TensorSpec& spec : module.tensors()) {
+    const auto name = fbb.CreateString(spec.name);
+    const auto shape = dims(spec.shape);
+    const auto strides = dims(spec.strides);
+    const auto global_shape = dims(spec.global_shape);
+    const auto box_offset = dims(spec.box_offset);
+    tensors.push_back(wire::CreateTensor(fbb, name, static_cast<std::uint8_t>(spec.dtype), shape, strides, spec.region,
+                                         spec.offset_bytes, global_shape, box_offset));
+  }
+  std::vector<flatbuffers::Offset<wire::NameRule>> rules;
+  for (const NameRule& rule : module.name_map()) {
+    const auto pattern = fbb.CreateString(rule.pattern);
+    const auto target = fbb.CreateString(rule.target);
+    rules.push_back(wire::CreateNameRule(fbb, pattern, target, rule.part, rule.parts));
+  }
+  const auto transaction = to_wire(held.transaction);
+  const auto name = fbb.CreateString(module.name());
+  const auto region_list = fbb.CreateVector(regions);
+  const auto tensor_list = fbb.CreateVector(tensors);
+  const auto rule_list = fbb.CreateVector(rules);
+  fbb.Finish(wire::CreateRegisterModule(fbb, name, region_list, tensor_list, rule_list, held.version, &transaction,
+                                        held.poisoned));
+  REFIT_TRY_ASSIGN(const wire::Reply* reply, session.call(wire::Opcode::register_module, deadline, Expect::long_running));
+  const auto* registered = reply->body_as_Registered();
+  if (registered == nullptr || registered->slot() >= kModulesMax) return wrong_body("registration");
+  return registered->slot();
+}
+
+Result<void> unregister_module(Session& session, const std::string& module, Deadline deadline) {
+  auto& fbb = session.builder();
+  fbb.Finish(wire::CreateUnregisterModule(fbb, fbb.CreateString(module)));
+  REFIT_TRY(session.call(wire::Opcode::unregister_module, deadline, Expect::brief));
+  return {};
+}
+
+Result<CheckReport> check(Session& session, const CheckRequest& request, Deadline deadline) {
+  auto& fbb = session.builder();
+  std::vector<flatbuffers::Offset<wire::ExpectedDigest>> expected;
+  expected.reserve(request.expected.size());
+  for (const auto& [name, value] : request.expected) {
+    const auto text = fbb.CreateString(name);
+    const auto bytes = fbb.CreateVector(value.bytes.data(), value.length);
+    expected.push_back(wire::CreateExpectedDigest(fbb, text, bytes));
+  }
+  const auto engine = fbb.CreateString(request.engine);
+  const auto module = fbb.CreateString(request.module);
+  const auto list = fbb.CreateVector(expected);
+  fbb.Finish(wire::CreateCheck(fbb, engine, module, static_cast<std::uint8_t>(request.kind), list,
+                               daemon_budget_us(deadline)));
+  REFIT_TRY_ASSIGN(const wire::Reply* reply, session.call(wire::Opcode::check, deadline, Expect::long_running));
+  const auto* body = reply->body_as_Checked();
+  if (body == nullptr) return wrong_body("check report");
+  CheckReport report;
+  report.verified = body->verified();
+  if (body->missing() != nullptr) {
+    for (const auto* name : *body->missing()) report.missing.emplace_back(view(name));
+  }
+  if (body->mismatched() != nullptr) {
+    for (const auto* name : *body->mismatched()) report.mismatched.emplace_back(view(name));
+  }
+  report.state = static_cast<ModuleState>(body->state());
+  report.version = body->version();
+  return report;
+}
+
+Result<DigestReport> digest(Session& session, const DigestRequest& request, Deadline deadline) {
+  auto& fbb = session.builder();
+  const auto engine = fbb.CreateString(request.engine);
+  const auto module = fbb.CreateString(request.module);
+  const auto selection = fbb.CreateVectorOfStrings(request.selection);
+  fbb.Finish(wire::CreateDigestQuery(fbb, engine, module, static_cast<std::uint8_t>(request.kind), selection,
+                                     request.per_module, daemon_budget_us(deadline)));
+  REFIT_TRY_ASSIGN(const wire::Reply* reply, session.call(wire::Opcode::digest, deadline, Expect::long_running));
+  const auto* body = reply->body_as_Digests();
+  if (body == nullptr) return wrong_body("digest report");
+  DigestReport report;
+  if (body->tensors() != nullptr) {
+    for (const auto* entry : *body->tensors()) {
+      report.tensors.emplace_back(std::string(view(entry->name())), digest_from_wire(entry->value()));
+    }
+  }
+  report.module = digest_from_wire(body->module_digest());
+  report.state = static_cast<ModuleState>(body->state());
+  report.version = body->version();
+  return report;
+}
+
+}  // namespace refit

@@ -1,0 +1,34 @@
+# Finds what the project stands on, and says what is missing and how to get it.
+
+find_package(Threads REQUIRED)
+find_package(PkgConfig REQUIRED)
+find_package(Boost 1.74 REQUIRED)
+find_package(OpenSSL 3 REQUIRED COMPONENTS Crypto)
+find_package(nlohmann_json 3.11 REQUIRED)
+find_package(spdlog REQUIRED)
+find_package(CLI11 REQUIRED)
+pkg_check_modules(XXHASH REQUIRED IMPORTED_TARGET libxxhash)
+pkg_check_modules(SYSTEMD REQUIRED IMPORTED_TARGET libsystemd)
+pkg_check_modules(RE2 REQUIRED IMPORTED_TARGET re2)
+
+find_program(REFIT_FLATC flatc REQUIRED DOC "FlatBuffers compiler (package flatbuffers-compiler)")
+find_path(REFIT_FLATBUFFERS_INCLUDE flatbuffers/flatbuffers.h REQUIRED DOC "package libflatbuffers-dev")
+find_path(REFIT_EXPECTED_INCLUDE tl/expected.hpp REQUIRED DOC "package libexpected-dev")
+
+if(REFIT_TESTS)
+  find_package(GTest REQUIRED)
+  include(GoogleTest)
+endif()
+
+set(REFIT_HAVE_TORCH OFF)
+if(REFIT_TORCH)
+  find_package(Torch QUIET)
+  if(Torch_FOUND)
+    set(REFIT_HAVE_TORCH ON)
+  else()
+    message(STATUS "libtorch not found: the example, the demo and the torch adapter's test are left out. "
+                   "Debian: apt-get install libtorch-dev; elsewhere set CMAKE_PREFIX_PATH to a libtorch.")
+  endif()
+endif()
+
+message(STATUS "CUDA: not part of this build; host memory only.")

@@ -1,0 +1,99 @@
+// The two memory regions of a session, as both peers see them: plain data, fixed offsets, no pointers.
+//
+// The client writes the request region, the daemon writes the response region, and each consumer's cursor stands in the
+// region that it writes, so that neither peer ever needs to write where the other does. All shared words are 64-bit or
+// 32-bit lock-free atomics, used sequentially consistent (TSan does not model fences). kLayoutHash covers every offset
+// and size; peers with another hash are refused at the handshake.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+
+namespace refit {
+
+inline constexpr std::uint32_t kRingSlots = 64;
+inline constexpr std::uint32_t kModulesMax = 64;
+inline constexpr std::size_t kRequestRegionBytes = std::size_t{4} << 20;
+inline constexpr std::size_t kResponseRegionBytes = std::size_t{4} << 20;
+/// The longest payload of one message; what does not fit is refused by its sender.
+inline constexpr std::size_t kPayloadBytesMax = (std::size_t{3} << 20) + (std::size_t{1} << 19);
+
+static_assert(std::atomic<std::uint64_t>::is_always_lock_free);
+static_assert(std::atomic<std::uint32_t>::is_always_lock_free);
+
+/// One message. Copied out of shared memory before any field is looked at.
+struct Descriptor {
+  std::uint16_t opcode = 0;
+  std::uint16_t reserved = 0;
+  std::uint32_t payload_bytes = 0;
+  std::uint64_t request_id = 0;
+  std::uint64_t payload_offset = 0;  ///< from the start of the region that holds this descriptor
+  std::uint64_t payload_xxh3 = 0;    ///< XXH3-64; finds a broken client, not a hostile one
+};
+
+/// What a transaction did to a module: valid while the module's word points at it.
+struct ModuleRecord {
+  std::atomic<std::uint64_t> transaction_high;
+  std::atomic<std::uint64_t> transaction_low;
+  std::atomic<std::uint64_t> version;
+  std::atomic<std::uint64_t> reserved;
+};
+
+/// The state word of one module and the two records that it switches between (see ipc/state_word.hpp).
+struct alignas(128) ModuleBlock {
+  std::atomic<std::uint64_t> word;
+  std::uint64_t reserved[7];
+  ModuleRecord records[2];
+};
+
+struct RequestRegion {
+  alignas(64) std::atomic<std::uint64_t> request_tail;   ///< client's producer position
+  alignas(64) std::atomic<std::uint64_t> response_head;  ///< client's consumer position
+  alignas(64) std::atomic<std::uint32_t> client_awake;   ///< 1: the client reads by itself, no doorbell needed
+  alignas(64) std::atomic<std::uint64_t> gate_answer;    ///< engine: {epoch, ready | withdrawn}
+  alignas(64) Descriptor requests[kRingSlots];
+  alignas(4096) std::byte arena[1];  ///< the rest of the region
+};
+
+struct ResponseRegion {
+  alignas(64) std::atomic<std::uint64_t> response_tail;  ///< daemon's producer position
+  alignas(64) std::atomic<std::uint64_t> request_head;   ///< daemon's consumer position
+  alignas(64) std::atomic<std::uint32_t> daemon_awake;   ///< 1: the daemon reads by itself, no doorbell needed
+  alignas(64) std::atomic<std::uint64_t> gate;           ///< engine: {epoch, flags, closed | prepare | released}
+  alignas(128) ModuleBlock modules[kModulesMax];
+  alignas(64) Descriptor responses[kRingSlots];
+  alignas(4096) std::byte payload[1];  ///< the rest of the region
+};
+
+namespace detail {
+
+constexpr std::uint64_t mix(std::uint64_t hash, std::uint64_t value) noexcept {
+  for (int i = 0; i < 8; ++i) hash = (hash ^ ((value >> (8 * i)) & 0xff)) * 0x100000001b3ULL;
+  return hash;
+}
+
+template <typename... Values>
+constexpr std::uint64_t mix_all(Values... values) noexcept {
+  std::uint64_t hash = 0xcbf29ce484222325ULL;
+  ((hash = mix(hash, static_cast<std::uint64_t>(values))), ...);
+  return hash;
+}
+
+}  // namespace detail
+
+/// FNV-1a over every offsetof and sizeof above. Golden in tests/unit/ipc/shared_layout_test.cpp.
+inline constexpr std::uint64_t kLayoutHash = detail::mix_all(
+    kRingSlots, kModulesMax, kRequestRegionBytes, kResponseRegionBytes, sizeof(Descriptor),
+    offsetof(Descriptor, opcode), offsetof(Descriptor, payload_bytes), offsetof(Descriptor, request_id),
+    offsetof(Descriptor, payload_offset), offsetof(Descriptor, payload_xxh3), sizeof(ModuleRecord),
+    offsetof(ModuleRecord, transaction_high), offsetof(ModuleRecord, transaction_low),
+    offsetof(ModuleRecord, version), sizeof(ModuleBlock), offsetof(ModuleBlock, word),
+    offsetof(ModuleBlock, records), sizeof(RequestRegion), offsetof(RequestRegion, request_tail),
+    offsetof(RequestRegion, response_head), offsetof(RequestRegion, client_awake),
+    offsetof(RequestRegion, gate_answer), offsetof(RequestRegion, requests), offsetof(RequestRegion, arena),
+    sizeof(ResponseRegion), offsetof(ResponseRegion, response_tail), offsetof(ResponseRegion, request_head),
+    offsetof(ResponseRegion, daemon_awake), offsetof(ResponseRegion, gate), offsetof(ResponseRegion, modules),
+    offsetof(ResponseRegion, responses), offsetof(ResponseRegion, payload));
+
+}  // namespace refit

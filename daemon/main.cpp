@@ -1,0 +1,64 @@
+// refitd: wires the daemon together and runs it in the foreground.
+
+#include <spdlog/sinks/stdout_sinks.h>
+#include <spdlog/spdlog.h>
+
+#include <csignal>
+
+#include "memory/sigbus_guard.hpp"
+#include "options.hpp"
+#include "server/server.hpp"
+
+namespace {
+
+using namespace refit;
+using namespace refit::daemon;
+
+int exit_code_of(const Error& error) {
+  switch (error.code) {
+    case Errc::bad_argument: return kExitBadArguments;
+    case Errc::permission: return kExitPermission;
+    default: return error.native == EACCES || error.native == EPERM ? kExitPermission : kExitFailure;
+  }
+}
+
+/// Lines with a <priority> prefix, which the journal understands and a terminal can bear.
+void set_up_log() {
+  auto logger = spdlog::stderr_logger_mt("refitd");
+  logger->set_pattern("refitd: %v");
+  spdlog::set_default_logger(logger);
+}
+
+/// Signals become events of the loop; blocked before any thread exists, so that none can take them.
+void block_signals() {
+  sigset_t signals;
+  sigemptyset(&signals);
+  sigaddset(&signals, SIGTERM);
+  sigaddset(&signals, SIGINT);
+  sigprocmask(SIG_BLOCK, &signals, nullptr);
+  std::signal(SIGPIPE, SIG_IGN);
+  std::signal(SIGHUP, SIG_IGN);
+}
+
+Result<void> serve(const Options& options) {
+  REFIT_TRY(install_sigbus_handler());
+  auto listener = options.socket_path.empty() ? Listener::from_systemd() : Listener::bind(options.socket_path);
+  if (!listener) return Unexpected(listener.error());
+  REFIT_TRY_ASSIGN(auto server, Server::create(options, std::move(*listener)));
+  return server->run();
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const ParsedOptions parsed = parse_options(argc, argv);
+  if (parsed.exit_code >= 0) return parsed.exit_code;
+  set_up_log();
+  block_signals();
+  const Result<void> outcome = serve(parsed.options);
+  if (!outcome) {
+    spdlog::error("{}", outcome.error().to_string());
+    return exit_code_of(outcome.error());
+  }
+  return kExitOk;
+}

@@ -1,0 +1,58 @@
+// BackgroundPool: threads for what may take long and must never hold the loop: populating pages, hashing, closing fds that
+// came from a client.
+//
+// submit: the loop thread. Parts run on pool threads, several at once; `finished` runs on the loop thread through the
+// completion queue.
+#pragma once
+
+#include <condition_variable>
+#include <cstddef>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "server/completion.hpp"
+
+namespace refit::daemon {
+
+/// Work in `part_count` independent parts.
+class BackgroundJob : public Completion {
+ public:
+  explicit BackgroundJob(std::size_t part_count) : part_count_(part_count) {}
+  virtual ~BackgroundJob() = default;
+  /// Any pool thread; parts run in ascending order of start. Must not throw.
+  virtual void run_part(std::size_t part) = 0;
+  /// The loop thread, once, after the last part. The job is destroyed right after.
+  virtual void finished() = 0;
+
+ private:
+  friend class BackgroundPool;
+  std::size_t part_count_;
+  std::size_t next_part_ = 0;   ///< guarded by the pool
+  std::size_t parts_done_ = 0;  ///< guarded by the pool
+};
+
+class BackgroundPool {
+ public:
+  BackgroundPool(unsigned threads, CompletionQueue& completions);
+  /// Finishes running parts, drops what has not begun, joins.
+  ~BackgroundPool();
+
+  void submit(std::unique_ptr<BackgroundJob> job);
+
+ private:
+  void serve();
+
+  CompletionQueue& completions_;
+  std::mutex mutex_;
+  std::condition_variable work_;
+  std::deque<BackgroundJob*> jobs_;  ///< jobs with parts that nobody has taken
+  bool stopping_ = false;
+  std::vector<std::thread> threads_;
+
+  static void finish(Completion& completion);
+};
+
+}  // namespace refit::daemon

@@ -1,0 +1,348 @@
+#include "server/checker.hpp"
+
+#include <algorithm>
+#include <atomic>
+
+#include "ipc/state_word.hpp"
+#include "memory/sigbus_guard.hpp"
+
+namespace refit::daemon {
+namespace {
+
+/// Small tensors share a part, so that handing parts out costs nothing beside hashing.
+constexpr std::uint64_t kPartBytes = std::uint64_t{2} << 20;
+
+constexpr std::uint64_t kDeadlineUsMax = 3'600'000'000;
+
+std::uint64_t bytes_of(const TensorSpec& spec) {
+  std::uint64_t bytes = element_bytes(spec.dtype);
+  for (const std::uint64_t extent : spec.shape) bytes *= extent;
+  return bytes;
+}
+
+}  // namespace
+
+/// One check or digest request, from admission to reply.
+class Checker::CheckOperation final : public Operation {
+ public:
+  explicit CheckOperation(Checker& checker) : owner(checker) {}
+  [[nodiscard]] bool exclusive() const noexcept override { return false; }
+  [[nodiscard]] bool runnable() const override { return registration->populated; }
+  void start() override {
+    running = true;
+    owner.hash(*this);
+  }
+
+  Checker& owner;
+  std::uint64_t session_id = 0;
+  std::uint64_t request_id = 0;
+  std::shared_ptr<Module> module;
+  std::shared_ptr<Registration> registration;
+  DigestKind kind = DigestKind::sglang;
+  Clock::time_point deadline;
+  bool running = false;
+
+  std::vector<TensorView> tensors;  ///< what is hashed
+  std::vector<Digest> digests;      ///< of tensors, by the same index
+  bool per_module = false;
+  Digest module_digest;
+
+  bool is_check = false;
+  std::vector<Digest> expected;  ///< of tensors, by the same index
+  std::vector<std::string> missing;
+
+  ModuleReading reading;
+};
+
+/// Hashes on pool threads. Part 0 is the module's serial stream, if asked for; the largest tensors come next.
+class Checker::HashJob final : public BackgroundJob {
+ public:
+  static std::unique_ptr<HashJob> make(CheckOperation& operation) {
+    std::vector<std::uint32_t> order(operation.tensors.size());
+    for (std::uint32_t i = 0; i < order.size(); ++i) order[i] = i;
+    std::sort(order.begin(), order.end(), [&](std::uint32_t a, std::uint32_t b) {
+      return bytes_of(*operation.tensors[a].spec) > bytes_of(*operation.tensors[b].spec);
+    });
+    std::vector<std::uint32_t> begins;
+    std::uint64_t bytes = kPartBytes;
+    for (std::uint32_t i = 0; i < order.size(); ++i) {
+      if (bytes >= kPartBytes) {
+        begins.push_back(i);
+        bytes = 0;
+      }
+      bytes += bytes_of(*operation.tensors[order[i]].spec) + 4096;  // each tensor also costs its own start
+    }
+    return std::unique_ptr<HashJob>(new HashJob(operation, std::move(order), std::move(begins)));
+  }
+
+  void run_part(std::size_t part) override {
+    if (operation_.per_module) {
+      if (part == 0) return hash_module();
+      --part;
+    }
+    const std::size_t end = part + 1 < begins_.size() ? begins_[part + 1] : order_.size();
+    Hasher hasher(operation_.kind);
+    for (std::size_t i = begins_[part]; i < end; ++i) {
+      const std::uint32_t index = order_[i];
+      Digest digest;
+      const bool whole = guarded([&] { digest = digest_tensor(hasher, operation_.kind, operation_.tensors[index]); });
+      if (!whole) {
+        // The hasher was left in the middle of a stream.
+        faulted_.store(true);
+        return;
+      }
+      operation_.digests[index] = digest;
+    }
+  }
+
+  void finished() override { operation_.owner.finish(operation_, faulted_.load()); }
+
+ private:
+  HashJob(CheckOperation& operation, std::vector<std::uint32_t> order, std::vector<std::uint32_t> begins)
+      : BackgroundJob(begins.size() + (operation.per_module ? 1 : 0)),
+        operation_(operation),
+        order_(std::move(order)),
+        begins_(std::move(begins)) {
+    for (const Mapping& mapping : operation_.registration->regions) ranges_.push_back({mapping.data(), mapping.bytes()});
+  }
+
+  template <typename Body>
+  bool guarded(Body&& body) const {
+    return run_guarded(ranges_.data(), ranges_.size(), body);
+  }
+
+  void hash_module() {
+    Hasher hasher(operation_.kind);
+    std::vector<TensorView> sorted = operation_.tensors;
+    std::sort(sorted.begin(), sorted.end(), [](const TensorView& a, const TensorView& b) { return a.spec->name < b.spec->name; });
+    for (const TensorView& tensor : sorted) {
+      hasher.update(tensor.spec->name);
+      if (!guarded([&] { update_with_elements(hasher, tensor); })) {
+        faulted_.store(true);
+        return;
+      }
+    }
+    operation_.module_digest = hasher.finish();
+  }
+
+  CheckOperation& operation_;
+  std::vector<std::uint32_t> order_;
+  std::vector<std::uint32_t> begins_;  ///< of parts, into order_
+  std::vector<GuardedRange> ranges_;
+  std::atomic<bool> faulted_{false};
+};
+
+Checker::Checker(Registry& registry, Scheduler& scheduler, Replies& replies, BackgroundPool& background)
+    : registry_(registry), scheduler_(scheduler), replies_(replies), background_(background) {}
+
+Checker::~Checker() = default;
+
+Result<std::unique_ptr<Checker::CheckOperation>> Checker::prepare(Session& asker, std::uint64_t request_id,
+                                                                  std::string_view engine_name, std::string_view module_name,
+                                                                  std::uint8_t kind, std::uint64_t deadline_us,
+                                                                  Clock::time_point now) {
+  REFIT_TRY_ASSIGN(auto engine, registry_.engine_for(asker, engine_name));
+  REFIT_TRY_ASSIGN(auto module, registry_.module_of(*engine, module_name));
+  if (kind > static_cast<std::uint8_t>(DigestKind::xxh3)) {
+    return fail(Errc::bad_argument, "digest kind " + std::to_string(kind) + " does not exist");
+  }
+  auto operation = std::make_unique<CheckOperation>(*this);
+  operation->session_id = asker.id;
+  operation->request_id = request_id;
+  operation->registration = module->registration;
+  operation->module = std::move(module);
+  operation->engines.push_back(std::move(engine));
+  operation->kind = static_cast<DigestKind>(kind);
+  operation->deadline = now + std::chrono::microseconds(std::min(deadline_us, kDeadlineUsMax));
+  return operation;
+}
+
+void Checker::admit(std::unique_ptr<CheckOperation> operation) {
+  for (TensorView& tensor : operation->tensors) {
+    const TensorSpec& spec = *tensor.spec;
+    tensor.data = operation->registration->regions.empty()
+                      ? nullptr
+                      : operation->registration->regions[spec.region].data() + spec.offset_bytes;
+  }
+  operation->digests.resize(operation->tensors.size());
+  CheckOperation& admitted = *operation;
+  operations_.push_back(std::move(operation));
+  scheduler_.enqueue(admitted);
+}
+
+void Checker::begin_check(Session& asker, std::uint64_t request_id, const wire::Check& message, Clock::time_point now) {
+  auto prepared = prepare(asker, request_id, view(message.engine()), view(message.module_name()), message.kind(), message.deadline_us(), now);
+  if (!prepared) return replies_.send_error(asker, request_id, prepared.error());
+  CheckOperation& operation = **prepared;
+  if (operation.kind == DigestKind::xxh3) {
+    return replies_.send_error(asker, request_id,
+                               {Errc::bad_argument, 0, "a check needs SHA-256 (sglang or raw); XXH3 proves nothing", {}});
+  }
+  if (message.expected() == nullptr || message.expected()->size() == 0) {
+    return replies_.send_error(asker, request_id, {Errc::bad_argument, 0, "a check needs at least one expected digest", {}});
+  }
+  operation.is_check = true;
+  std::vector<std::string_view> seen;
+  for (const auto* entry : *message.expected()) {
+    const std::string_view name = view(entry->name());
+    if (entry->value() == nullptr || entry->value()->size() != 32) {
+      return replies_.send_error(asker, request_id,
+                                 {Errc::bad_argument, 0, "the expected digest of " + std::string(name) + " has not 32 bytes", {}});
+    }
+    seen.push_back(name);
+    const TensorSpec* spec = operation.registration->manifest->find(name);
+    if (spec == nullptr) {
+      operation.missing.emplace_back(name);
+      continue;
+    }
+    Digest expected;
+    expected.length = 32;
+    std::copy(entry->value()->begin(), entry->value()->end(), expected.bytes.begin());
+    operation.tensors.push_back({spec, nullptr});
+    operation.expected.push_back(expected);
+  }
+  std::sort(seen.begin(), seen.end());
+  if (const auto twice = std::adjacent_find(seen.begin(), seen.end()); twice != seen.end()) {
+    return replies_.send_error(asker, request_id, {Errc::bad_argument, 0, "tensor " + std::string(*twice) + " is expected twice", {}});
+  }
+  std::sort(operation.missing.begin(), operation.missing.end());
+  admit(std::move(*prepared));
+}
+
+void Checker::begin_digest(Session& asker, std::uint64_t request_id, const wire::DigestQuery& message, Clock::time_point now) {
+  auto prepared = prepare(asker, request_id, view(message.engine()), view(message.module_name()), message.kind(), message.deadline_us(), now);
+  if (!prepared) return replies_.send_error(asker, request_id, prepared.error());
+  CheckOperation& operation = **prepared;
+  const Manifest& manifest = *operation.registration->manifest;
+  operation.per_module = message.per_module();
+  if (message.selection() == nullptr || message.selection()->size() == 0) {
+    for (const TensorSpec& spec : manifest.tensors()) operation.tensors.push_back({&spec, nullptr});
+  } else {
+    std::vector<std::string> unknown;
+    for (const auto* name : *message.selection()) {
+      const TensorSpec* spec = manifest.find(view(name));
+      if (spec == nullptr) {
+        unknown.push_back("tensor " + std::string(view(name)) + " is not in " + manifest.label());
+      } else {
+        operation.tensors.push_back({spec, nullptr});
+      }
+    }
+    if (!unknown.empty()) {
+      std::sort(unknown.begin(), unknown.end());
+      return replies_.send_error(asker, request_id, {Errc::manifest_mismatch, 0,
+                                                     std::to_string(unknown.size()) + " selected tensors do not exist", std::move(unknown)});
+    }
+  }
+  std::sort(operation.tensors.begin(), operation.tensors.end(),
+            [](const TensorView& a, const TensorView& b) { return a.spec->name < b.spec->name; });
+  admit(std::move(*prepared));
+}
+
+void Checker::hash(CheckOperation& operation) {
+  const auto& engine = *operation.engines.front();
+  operation.reading = read_module(engine.memory->response_region().modules[operation.module->slot]);
+  background_.submit(HashJob::make(operation));
+}
+
+void Checker::finish(CheckOperation& operation, bool faulted) {
+  if (const auto asker = registry_.find(operation.session_id)) {
+    if (faulted) {
+      replies_.send_error(*asker, operation.request_id,
+                          {Errc::memory_fault, 0, operation.registration->manifest->label() + ": the engine's memory faulted (SIGBUS) while it was hashed", {}});
+    } else if (operation.is_check) {
+      reply_check(*asker, operation);
+    } else {
+      reply_digest(*asker, operation);
+    }
+  }
+  scheduler_.leave(operation);
+  remove(operation);
+}
+
+void Checker::reply_check(Session& asker, const CheckOperation& operation) {
+  std::vector<std::string> mismatched;
+  for (std::size_t i = 0; i < operation.tensors.size(); ++i) {
+    if (operation.digests[i] != operation.expected[i]) mismatched.push_back(operation.tensors[i].spec->name);
+  }
+  std::sort(mismatched.begin(), mismatched.end());
+  auto& fbb = replies_.builder();
+  const auto missing_list = fbb.CreateVectorOfStrings(operation.missing);
+  const auto mismatched_list = fbb.CreateVectorOfStrings(mismatched);
+  replies_.send(asker, operation.request_id, wire::Body::Checked,
+                wire::CreateChecked(fbb, static_cast<std::uint32_t>(operation.tensors.size() - mismatched.size()), missing_list,
+                                    mismatched_list, static_cast<std::uint8_t>(operation.reading.word.state), operation.reading.version)
+                    .Union());
+}
+
+void Checker::reply_digest(Session& asker, const CheckOperation& operation) {
+  auto& fbb = replies_.builder();
+  std::vector<flatbuffers::Offset<wire::TensorDigest>> list;
+  list.reserve(operation.tensors.size());
+  for (std::size_t i = 0; i < operation.tensors.size(); ++i) {
+    const auto name = fbb.CreateString(operation.tensors[i].spec->name);
+    const auto value = fbb.CreateVector(operation.digests[i].bytes.data(), operation.digests[i].length);
+    list.push_back(wire::CreateTensorDigest(fbb, name, value));
+  }
+  const auto tensors = fbb.CreateVector(list);
+  const auto module = fbb.CreateVector(operation.module_digest.bytes.data(), operation.module_digest.length);
+  replies_.send(asker, operation.request_id, wire::Body::Digests,
+                wire::CreateDigests(fbb, tensors, module, static_cast<std::uint8_t>(operation.reading.word.state), operation.reading.version)
+                    .Union());
+}
+
+void Checker::fail_waiting(CheckOperation& operation, const Error& error) {
+  if (const auto asker = registry_.find(operation.session_id)) replies_.send_error(*asker, operation.request_id, error);
+  scheduler_.withdraw(operation);
+  remove(operation);
+}
+
+void Checker::remove(CheckOperation& operation) {
+  std::erase_if(operations_, [&](const auto& entry) { return entry.get() == &operation; });
+}
+
+/// Failing one operation may start others, so every walk begins anew after each.
+template <typename Predicate>
+Checker::CheckOperation* Checker::find_waiting(Predicate&& matches) {
+  for (const auto& operation : operations_) {
+    if (!operation->running && matches(*operation)) return operation.get();
+  }
+  return nullptr;
+}
+
+void Checker::on_session_end(Session& session) {
+  const auto concerned = [&](const CheckOperation& one) {
+    return one.session_id == session.id || one.engines.front().get() == &session;
+  };
+  while (CheckOperation* operation = find_waiting(concerned)) {
+    fail_waiting(*operation, {Errc::engine_gone, 0, session.label() + " is gone", {}});
+  }
+}
+
+void Checker::on_registration_end(Module& module) {
+  while (CheckOperation* operation = find_waiting([&](const CheckOperation& one) { return one.module.get() == &module; })) {
+    fail_waiting(*operation, {Errc::engine_not_ready, 0,
+                              operation->registration->manifest->label() + " was registered anew while the check waited", {}});
+  }
+}
+
+Clock::time_point Checker::next_deadline() const {
+  auto next = Clock::time_point::max();
+  for (const auto& operation : operations_) {
+    if (!operation->running) next = std::min(next, operation->deadline);
+  }
+  return next;
+}
+
+Clock::time_point Checker::on_time(Clock::time_point now) {
+  while (CheckOperation* late = find_waiting([now](const CheckOperation& one) { return now >= one.deadline; })) {
+    fail_waiting(*late, {Errc::deadline, 0,
+                         late->registration->manifest->label() + ": the check waited too long for a refit or for pages", {}});
+  }
+  return next_deadline();
+}
+
+void Checker::cancel_waiting(const Error& reason) {
+  while (CheckOperation* operation = find_waiting([](const CheckOperation&) { return true; })) fail_waiting(*operation, reason);
+}
+
+}  // namespace refit::daemon

@@ -1,0 +1,58 @@
+// Checker: digests of what is really in an engine's memory, on request.
+//
+// The loop thread decides, the background pool hashes; tensors are hashed in parallel. A check shares its engine with other
+// checks and keeps refits out while it reads, so that what it reports is one version.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "digest/digest.hpp"
+#include "server/background_pool.hpp"
+#include "server/registry.hpp"
+#include "server/replies.hpp"
+#include "server/scheduler.hpp"
+
+namespace refit::daemon {
+
+class Checker {
+ public:
+  Checker(Registry& registry, Scheduler& scheduler, Replies& replies, BackgroundPool& background);
+  ~Checker();
+
+  void begin_check(Session& asker, std::uint64_t request_id, const wire::Check& message, Clock::time_point now);
+  void begin_digest(Session& asker, std::uint64_t request_id, const wire::DigestQuery& message, Clock::time_point now);
+
+  void on_session_end(Session& session);
+  /// A module's registration goes away: checks that wait for it are refused, one that runs finishes on the old memory.
+  void on_registration_end(Module& module);
+  Clock::time_point on_time(Clock::time_point now);
+  [[nodiscard]] Clock::time_point next_deadline() const;
+  [[nodiscard]] bool idle() const noexcept { return operations_.empty(); }
+  void cancel_waiting(const Error& reason);
+
+ private:
+  class CheckOperation;
+  class HashJob;
+
+  Result<std::unique_ptr<CheckOperation>> prepare(Session& asker, std::uint64_t request_id, std::string_view engine,
+                                                  std::string_view module, std::uint8_t kind, std::uint64_t deadline_us,
+                                                  Clock::time_point now);
+  void admit(std::unique_ptr<CheckOperation> operation);
+  void hash(CheckOperation& operation);
+  void finish(CheckOperation& operation, bool faulted);
+  void fail_waiting(CheckOperation& operation, const Error& error);
+  template <typename Predicate>
+  CheckOperation* find_waiting(Predicate&& matches);
+  void remove(CheckOperation& operation);
+  void reply_check(Session& asker, const CheckOperation& operation);
+  void reply_digest(Session& asker, const CheckOperation& operation);
+
+  Registry& registry_;
+  Scheduler& scheduler_;
+  Replies& replies_;
+  BackgroundPool& background_;
+  std::vector<std::unique_ptr<CheckOperation>> operations_;
+};
+
+}  // namespace refit::daemon

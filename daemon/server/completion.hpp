@@ -1,0 +1,63 @@
+// CompletionQueue: how pool threads hand finished work back to the loop thread, without allocating.
+//
+// push: any thread. drain: the loop thread. The queue owns nothing; a node belongs to whoever pushed it until its function
+// runs.
+#pragma once
+
+#include <mutex>
+
+#include "ipc/doorbell.hpp"
+
+namespace refit::daemon {
+
+/// Intrusive node: embed it in the work and set `run`.
+struct Completion {
+  void (*run)(Completion& self) = nullptr;
+  Completion* next = nullptr;
+};
+
+class CompletionQueue {
+ public:
+  static Result<CompletionQueue> create() {
+    CompletionQueue queue;
+    REFIT_TRY_ASSIGN(queue.doorbell_, Doorbell::create());
+    return queue;
+  }
+  CompletionQueue(CompletionQueue&& other) noexcept : doorbell_(std::move(other.doorbell_)) {}
+
+  void push(Completion& completion) noexcept {
+    {
+      const std::lock_guard lock(mutex_);
+      completion.next = nullptr;
+      (last_ == nullptr ? first_ : last_->next) = &completion;
+      last_ = &completion;
+    }
+    doorbell_.ring();
+  }
+
+  /// Runs what was pushed so far.
+  void drain() {
+    Completion* node = nullptr;
+    {
+      const std::lock_guard lock(mutex_);
+      node = first_;
+      first_ = last_ = nullptr;
+    }
+    while (node != nullptr) {
+      Completion* next = node->next;  // run() may free the node
+      node->run(*node);
+      node = next;
+    }
+  }
+
+  [[nodiscard]] int fd() const noexcept { return doorbell_.fd(); }
+
+ private:
+  CompletionQueue() = default;
+  Doorbell doorbell_;
+  std::mutex mutex_;
+  Completion* first_ = nullptr;
+  Completion* last_ = nullptr;
+};
+
+}  // namespace refit::daemon

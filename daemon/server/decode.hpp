@@ -1,0 +1,39 @@
+// From verified FlatBuffers to the daemon's own values, with a bound on everything that is counted.
+//
+// Pure. A payload that verifies may still be nonsense: what is checked here is shape (counts, presence, enum ranges); what
+// the values mean is checked by Manifest and Plan.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "ipc/wire.hpp"
+#include "plan/plan.hpp"
+#include "refit/result.hpp"
+#include "refit/types.hpp"
+
+namespace refit::daemon {
+
+inline constexpr std::size_t kNameBytesMax = 256;  ///< of sessions, engines and modules
+inline constexpr std::size_t kTargetsMax = 64;
+
+/// A name of a session, engine or module: 1 to 256 printable bytes without '/', which separates engine and module.
+Result<std::string> decode_name(const flatbuffers::String* text, const char* what);
+
+struct RegionClaim {
+  std::uint64_t ticket = 0;
+  std::uint64_t bytes = 0;
+};
+
+struct RegisterRequest {
+  std::string module;
+  std::vector<RegionClaim> regions;
+  std::vector<TensorSpec> tensors;
+  std::vector<NameRule> name_map;
+  std::uint64_t version = 0;
+  TransactionId transaction;
+  bool poisoned = false;
+};
+Result<RegisterRequest> decode(const wire::RegisterModule& message, const ManifestLimits& limits);
+
+}  // namespace refit::daemon

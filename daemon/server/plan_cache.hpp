@@ -1,0 +1,46 @@
+// PlanCache: compiled plans bound to mapped memory, ready to be copied again without a look at a manifest.
+//
+// The loop thread alone. An entry lives as long as both of its registrations are the current ones.
+#pragma once
+
+#include <memory>
+#include <string_view>
+#include <vector>
+
+#include "ipc/wire.hpp"
+#include "memory/copy_pool.hpp"
+#include "plan/plan.hpp"
+#include "server/session.hpp"
+
+namespace refit::daemon {
+
+/// A plan with addresses in it. Keeps both registrations mapped while anybody holds it.
+struct BoundPlan {
+  std::shared_ptr<Registration> source;
+  std::shared_ptr<Registration> target;
+  PlanOptions options;
+  Plan plan;
+  std::vector<CopyOp> ops;
+  CopyJob job;
+};
+
+class PlanCache {
+ public:
+  using Selection = flatbuffers::Vector<flatbuffers::Offset<flatbuffers::String>>;
+
+  PlanCache() { entries_.reserve(kEntriesMax); }
+
+  /// The plan for these manifests, compiled if it is not there. `selection` may be null.
+  Result<std::shared_ptr<BoundPlan>> get(const std::shared_ptr<Registration>& source,
+                                         const std::shared_ptr<Registration>& target, const Selection* selection,
+                                         bool allow_unmatched);
+
+  /// Forgets every plan of a registration that was replaced or whose session ended.
+  void forget(std::uint64_t generation);
+
+ private:
+  static constexpr std::size_t kEntriesMax = 64;
+  std::vector<std::shared_ptr<BoundPlan>> entries_;  ///< most recently used last
+};
+
+}  // namespace refit::daemon

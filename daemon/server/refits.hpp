@@ -1,0 +1,100 @@
+// Refits: every refit from its request to its reply. Read start to end, this file's .cpp is one refit:
+// request -> plan -> queue -> gate -> writing -> copy -> commit -> reply.
+//
+// The loop thread; bytes are moved by the copy pool, or here when they are few. In the steady state nothing is allocated.
+#pragma once
+
+#include <array>
+#include <memory>
+#include <vector>
+
+#include "memory/copy_pool.hpp"
+#include "server/completion.hpp"
+#include "server/plan_cache.hpp"
+#include "server/registry.hpp"
+#include "server/replies.hpp"
+#include "server/scheduler.hpp"
+#include "transaction/transaction.hpp"
+
+namespace refit::daemon {
+
+class Refits {
+ public:
+  Refits(Registry& registry, Scheduler& scheduler, Replies& replies, CopyPool& copy_pool, CompletionQueue& completions,
+         Waiting waiting);
+  ~Refits();
+
+  void begin(Session& trainer, std::uint64_t request_id, const wire::Refit& message, Clock::time_point arrived);
+
+  /// An engine rang: it may have answered its gate.
+  void on_engine_answer(Session& engine);
+  /// Looks at every gate; for a loop that never blocks.
+  void poll_gates();
+  /// A session is gone: what it began and had not started to write is called off.
+  void on_session_end(Session& session);
+  /// A module's registration goes away. False if a refit is writing it.
+  bool on_registration_end(Session& session, Module& module);
+  /// Fails what has waited too long; returns when to be called again (max: nothing waits).
+  Clock::time_point on_time(Clock::time_point now);
+  /// The earliest deadline of a waiting refit.
+  [[nodiscard]] Clock::time_point next_deadline() const;
+
+  [[nodiscard]] bool idle() const noexcept { return active_.empty(); }
+  /// Calls off everything that is not writing.
+  void cancel_waiting(const Error& reason);
+
+  [[nodiscard]] std::uint64_t committed_count() const noexcept { return committed_count_; }
+
+ private:
+  enum class Phase { idle, queued, gating, writing };
+
+  struct Target {
+    std::size_t engine = 0;  ///< index into Operation::engines
+    std::shared_ptr<Module> module;
+    std::shared_ptr<BoundPlan> plan;
+  };
+
+  class Refit;
+  friend class Refit;
+
+  Refit& take_free();
+  void retire(Refit& refit);
+
+  Result<void> resolve(Refit& refit, Session& trainer, const wire::Refit& message);
+  Result<void> check_poison(const Refit& refit) const;
+  bool replay(Session& trainer, std::uint64_t request_id, const TransactionId& id, const Refit& refit);
+  void open_gates(Refit& refit);
+  void wait_briefly(Refit& refit);
+  void on_readiness(Refit& refit);
+  void write(Refit& refit);
+  void copied(Refit& refit);
+  void reply(Refit& refit);
+  void fail_refit(Refit& refit, const Error& error);
+  void release_engines(Refit& refit);
+  void wake_engines(Refit& refit);
+  template <typename Predicate>
+  Refit* find_waiting(Predicate&& matches);
+
+  struct Outcome {
+    uid_t uid = 0;
+    TransactionId id;
+    std::uint64_t version = 0;
+    std::uint64_t bytes = 0;
+    std::uint32_t tensors = 0;
+  };
+
+  Registry& registry_;
+  Scheduler& scheduler_;
+  Replies& replies_;
+  CopyPool& copy_pool_;
+  CompletionQueue& completions_;
+  Waiting waiting_;
+  PlanCache plans_;
+  std::vector<std::unique_ptr<Refit>> free_;
+  std::vector<std::unique_ptr<Refit>> active_;
+  std::array<Outcome, 256> outcomes_{};  ///< of committed transactions, oldest overwritten
+  std::size_t outcome_next_ = 0;
+  std::uint64_t committed_count_ = 0;
+};
+
+}  // namespace refit::daemon

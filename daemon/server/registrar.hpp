@@ -1,0 +1,48 @@
+// Registrar: takes a client's manifest and memory, checks them, maps and populates them.
+//
+// The loop thread; populating runs on the background pool. Metadata is checked and visible at once, the reply follows when
+// the pages are there, so that the first refit after it costs what the second does.
+#pragma once
+
+#include <functional>
+
+#include "server/background_pool.hpp"
+#include "server/decode.hpp"
+#include "server/registry.hpp"
+#include "server/replies.hpp"
+#include "server/scheduler.hpp"
+
+namespace refit::daemon {
+
+class Registrar {
+ public:
+  Registrar(Registry& registry, Replies& replies, Scheduler& scheduler, BackgroundPool& background)
+      : registry_(registry), replies_(replies), scheduler_(scheduler), background_(background) {}
+
+  /// Reads tickets that may still wait on the session's socket.
+  std::function<void(Session&)> drain_tickets;
+  /// The module's registration is about to be replaced or removed; running refits of it must know. False: not now.
+  std::function<bool(Session&, Module&)> release_module;
+
+  void register_module(Session& session, std::uint64_t request_id, const wire::RegisterModule& message);
+  void unregister_module(Session& session, std::uint64_t request_id, const wire::UnregisterModule& message);
+  /// Closes an fd of unknown kind off the loop thread: closing may block (a network filesystem).
+  void close_later(UniqueFd fd);
+
+ private:
+  struct Mapped {
+    std::vector<Mapping> mappings;
+    std::vector<RegionInfo> infos;
+  };
+  Result<Mapped> map_regions(Session& session, const RegisterRequest& request);
+  Result<std::shared_ptr<Module>> place(Session& session, const RegisterRequest& request,
+                                        std::shared_ptr<Registration> registration);
+
+  Registry& registry_;
+  Replies& replies_;
+  Scheduler& scheduler_;
+  BackgroundPool& background_;
+  std::uint64_t next_generation_ = 1;
+};
+
+}  // namespace refit::daemon

@@ -1,0 +1,24 @@
+// What the daemon says of itself: status and tensor lists as wire messages.
+#pragma once
+
+#include "options.hpp"
+#include "server/registry.hpp"
+#include "server/replies.hpp"
+
+namespace refit::daemon {
+
+/// What the whole daemon adds to a status.
+struct DaemonFacts {
+  std::uint64_t uptime_us = 0;
+  std::uint64_t refits = 0;
+  unsigned copy_threads = 0;
+  std::string socket;
+  Waiting waiting = Waiting::adaptive;
+  bool draining = false;
+};
+
+void reply_status(Replies& replies, Session& asker, std::uint64_t request_id, const Registry& registry, const DaemonFacts& facts);
+void reply_tensors(Replies& replies, Session& asker, std::uint64_t request_id, const Registry& registry,
+                   const wire::TensorsQuery& query);
+
+}  // namespace refit::daemon

@@ -1,0 +1,101 @@
+// Server: the event loop: accepts clients, reads their rings, hands each request to whoever answers it.
+//
+// One thread runs the loop and owns all state here; copying and hashing happen on the pools. Clients can end their own
+// session by what they send, and nothing else.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "memory/copy_pool.hpp"
+#include "options.hpp"
+#include "server/background_pool.hpp"
+#include "server/checker.hpp"
+#include "server/completion.hpp"
+#include "server/listener.hpp"
+#include "server/refits.hpp"
+#include "server/registrar.hpp"
+#include "server/registry.hpp"
+#include "server/replies.hpp"
+#include "server/scheduler.hpp"
+
+namespace refit::daemon {
+
+class Server {
+ public:
+  static Result<std::unique_ptr<Server>> create(const Options& options, Listener listener);
+  ~Server();
+
+  /// Serves until a signal has drained it. SIGTERM and SIGINT must be blocked in every thread.
+  Result<void> run();
+
+ private:
+  Server(const Options& options, Listener listener, CompletionQueue completions, std::unique_ptr<CopyPool> copy_pool);
+  Result<void> set_up();
+
+  // connecting
+  struct Connecting {
+    UniqueFd socket;
+    Clock::time_point expires;
+    EventSource source;
+  };
+  void on_listener();
+  void on_hello(Connecting& connecting);
+  Result<std::shared_ptr<Session>> admit(Connecting& connecting, const struct Hello& hello);
+  Result<void> watch(const std::shared_ptr<Session>& session);
+  void refuse(int socket, const Error& error);
+
+  // a session's life
+  void on_doorbell(Session& session);
+  void on_socket(Session& session, std::uint32_t events);
+  void drain_tickets(Session& session);
+  void violate(Session& session, const std::string& reason);
+  void end_session(Session& session, const std::string& reason);
+  void bury();
+
+  // requests
+  void dispatch(Session& session, const Session::Request& request);
+  template <typename Message, typename Handler>
+  void with_message(Session& session, const Session::Request& request, Handler&& handler);
+
+  // time and signals
+  void arm_timer();
+  void on_timer();
+  void begin_drain(int signal);
+  void poll_everything();
+
+  static int event(Server& server, int outcome);
+
+  Options options_;
+  Listener listener_;
+  Clock::time_point started_;
+  UniqueFd own_pidfd_;
+  CompletionQueue completions_;
+  std::unique_ptr<CopyPool> copy_pool_;
+  std::unique_ptr<BackgroundPool> background_;
+  Registry registry_;
+  Scheduler scheduler_;
+  Replies replies_;
+  std::unique_ptr<Registrar> registrar_;
+  std::unique_ptr<Refits> refits_;
+  std::unique_ptr<Checker> checker_;
+
+  struct EventUnref {
+    void operator()(sd_event* event) const noexcept { sd_event_unref(event); }
+  };
+  std::unique_ptr<sd_event, EventUnref> event_;
+  EventSource listener_source_;
+  EventSource completion_source_;
+  EventSource timer_;
+  std::vector<EventSource> signal_sources_;
+  Clock::time_point timer_armed_ = Clock::time_point::max();
+  Clock::time_point drain_until_ = Clock::time_point::max();
+  bool draining_ = false;
+  std::vector<std::unique_ptr<Connecting>> connecting_;
+  std::vector<std::shared_ptr<Session>> dead_;  ///< ended in this turn; freed when no handler of theirs is running
+  std::uint64_t next_session_ = 1;
+  unsigned spinning_sessions_ = 0;
+};
+
+}  // namespace refit::daemon

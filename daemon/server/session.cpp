@@ -1,0 +1,130 @@
+#include "server/session.hpp"
+
+#include <fcntl.h>
+
+#include <cerrno>
+#include <cstring>
+
+#include "digest/digest.hpp"
+#include "ipc/handshake.hpp"
+#include "version.hpp"
+
+namespace refit::daemon {
+namespace {
+
+constexpr std::size_t kReplyAreaBytes = kResponseRegionBytes - offsetof(ResponseRegion, payload);
+
+Result<std::shared_ptr<SessionMemory>> make_memory(UniqueFd& request_fd, UniqueFd& response_fd) {
+  auto memory = std::make_shared<SessionMemory>();
+  constexpr int kSeals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
+  REFIT_TRY_ASSIGN(request_fd, make_memfd("refit-request", kRequestRegionBytes));
+  REFIT_TRY(back_with_memory(request_fd.get(), kRequestRegionBytes, "refit-request"));
+  REFIT_TRY_ASSIGN(memory->request,
+                   Mapping::map(request_fd.get(), kRequestRegionBytes, Access::read_write, "refit-request"));
+  REFIT_TRY(add_seals(request_fd.get(), kSeals, "refit-request"));
+  REFIT_TRY_ASSIGN(response_fd, make_memfd("refit-response", kResponseRegionBytes));
+  REFIT_TRY(back_with_memory(response_fd.get(), kResponseRegionBytes, "refit-response"));
+  // Our writable mapping must exist before the seal that lets nobody make another.
+  REFIT_TRY_ASSIGN(memory->response,
+                   Mapping::map(response_fd.get(), kResponseRegionBytes, Access::read_write, "refit-response"));
+  REFIT_TRY(add_seals(response_fd.get(), kSeals | F_SEAL_FUTURE_WRITE, "refit-response"));
+  return memory;
+}
+
+}  // namespace
+
+Result<std::shared_ptr<Session>> Session::open(std::uint64_t id, UniqueFd socket, PeerCredentials peer, UniqueFd pidfd,
+                                               Role role, std::string name, Waiting daemon_waiting, int daemon_pidfd) {
+  std::shared_ptr<Session> session(new Session);
+  session->id = id;
+  session->role = role;
+  session->name = std::move(name);
+  session->peer = peer;
+  session->pidfd = std::move(pidfd);
+  UniqueFd request_fd;
+  UniqueFd response_fd;
+  REFIT_TRY_ASSIGN(session->memory, make_memory(request_fd, response_fd));
+  REFIT_TRY_ASSIGN(session->daemon_doorbell_, Doorbell::create());
+  REFIT_TRY_ASSIGN(session->client_doorbell_, Doorbell::create());
+  RequestRegion& request = session->memory->request_region();
+  ResponseRegion& response = session->memory->response_region();
+  session->requests_ = std::make_unique<RingConsumer>(request.request_tail, response.request_head, request.requests);
+  session->replies_ = std::make_unique<RingProducer>(response.response_tail, request.response_head, response.responses);
+  if (daemon_waiting == Waiting::always) response.daemon_awake.store(1);
+
+  flatbuffers::FlatBufferBuilder fbb;
+  fbb.Finish(wire::CreateWelcome(fbb, id, kRequestRegionBytes, kResponseRegionBytes, fbb.CreateString(kVersion),
+                                 static_cast<std::uint8_t>(daemon_waiting)));
+  int fds[kWelcomeFdCount];
+  fds[kRequestRegionFd] = request_fd.get();
+  fds[kResponseRegionFd] = response_fd.get();
+  fds[kDaemonDoorbellFd] = session->daemon_doorbell_.fd();
+  fds[kClientDoorbellFd] = session->client_doorbell_.fd();
+  fds[kDaemonPidfd] = daemon_pidfd;
+  REFIT_TRY(send_message(socket.get(), SocketMessage::welcome, fbb.GetBufferPointer(), fbb.GetSize(), fds, kWelcomeFdCount));
+  session->socket = std::move(socket);
+  return session;
+}
+
+std::string Session::label() const {
+  return std::string(role_name(role)) + " " + name + " (session " + std::to_string(id) + ", pid " + std::to_string(peer.pid) +
+         ")";
+}
+
+Session::Next Session::next_request(Request& out, std::string& reason) {
+  Descriptor descriptor;
+  switch (requests_->peek(descriptor)) {
+    case RingConsumer::Peek::empty: return Next::none;
+    case RingConsumer::Peek::peer_broke_protocol:
+      reason = "its ring position is impossible";
+      return Next::violation;
+    case RingConsumer::Peek::message: break;
+  }
+  constexpr std::uint64_t kArena = offsetof(RequestRegion, arena);
+  if (descriptor.payload_bytes > kPayloadBytesMax || descriptor.payload_offset < kArena ||
+      descriptor.payload_offset > kRequestRegionBytes ||
+      descriptor.payload_bytes > kRequestRegionBytes - descriptor.payload_offset) {
+    reason = "a request's payload lies outside the arena";
+    return Next::violation;
+  }
+  const std::byte* shared = memory->request.data() + descriptor.payload_offset;
+  payload_.assign(shared, shared + descriptor.payload_bytes);
+  requests_->advance();
+  if (payload_hash(payload_.data(), payload_.size()) != descriptor.payload_xxh3) {
+    reason = "a request's payload does not have its hash";
+    return Next::violation;
+  }
+  out.opcode = static_cast<wire::Opcode>(descriptor.opcode);
+  out.id = descriptor.request_id;
+  out.payload = payload_.data();
+  out.payload_bytes = payload_.size();
+  return Next::request;
+}
+
+bool Session::reply(std::uint64_t request_id, const flatbuffers::FlatBufferBuilder& builder) {
+  const std::size_t bytes = builder.GetSize();
+  if (bytes > kPayloadBytesMax) return false;
+  const std::uint64_t consumed = replies_->consumed();
+  const std::uint64_t free_from = consumed == 0 ? 0 : payload_ends_[(consumed - 1) % kRingSlots];
+  std::uint64_t start = payload_position_;
+  // A payload never wraps: what does not fit before the end starts over at the beginning.
+  if (start % kReplyAreaBytes + bytes > kReplyAreaBytes) start += kReplyAreaBytes - start % kReplyAreaBytes;
+  const std::uint64_t end = start + ((bytes + 63) & ~std::uint64_t{63});
+  const bool idle = consumed == replies_->position();
+  if (!idle && end - free_from > kReplyAreaBytes) return false;
+
+  const std::uint64_t offset = offsetof(ResponseRegion, payload) + start % kReplyAreaBytes;
+  std::memcpy(memory->response.data() + offset, builder.GetBufferPointer(), bytes);
+  Descriptor descriptor;
+  descriptor.payload_bytes = static_cast<std::uint32_t>(bytes);
+  descriptor.request_id = request_id;
+  descriptor.payload_offset = offset;
+  descriptor.payload_xxh3 = payload_hash(builder.GetBufferPointer(), bytes);
+  payload_ends_[replies_->position() % kRingSlots] = end;
+  if (replies_->push(descriptor) != RingProducer::Push::ok) return false;
+  payload_position_ = end;
+  wake_client();
+  return true;
+}
+
+}  // namespace refit::daemon

@@ -1,0 +1,160 @@
+// Session: the daemon's end of one client: credentials, rings, doorbells, tickets, registered modules.
+//
+// The loop thread alone. Everything read from the request region is untrusted: descriptors and payloads are copied out,
+// bounded and verified before use. Running copies and state words outlive a session through SessionMemory and Registration.
+#pragma once
+
+#include <sys/types.h>
+#include <systemd/sd-event.h>
+
+#include <array>
+#include <chrono>
+#include <map>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "ipc/doorbell.hpp"
+#include "ipc/ring.hpp"
+#include "ipc/segment.hpp"
+#include "ipc/shared_layout.hpp"
+#include "ipc/wire.hpp"
+#include "plan/manifest.hpp"
+#include "refit/result.hpp"
+
+namespace refit::daemon {
+
+class Server;
+using Clock = std::chrono::steady_clock;
+
+struct PeerCredentials {
+  uid_t uid = 0;
+  gid_t gid = 0;
+  pid_t pid = 0;
+};
+
+/// The two regions of a session. Shared, because the words must stay mapped as long as a transaction writes them.
+struct SessionMemory {
+  Mapping request;
+  Mapping response;
+  [[nodiscard]] RequestRegion& request_region() const noexcept { return *reinterpret_cast<RequestRegion*>(request.data()); }
+  [[nodiscard]] ResponseRegion& response_region() const noexcept {
+    return *reinterpret_cast<ResponseRegion*>(response.data());
+  }
+};
+
+/// A checked manifest with its memory mapped. Immutable but for `populated`, which the loop thread sets once.
+struct Registration {
+  std::shared_ptr<const Manifest> manifest;
+  std::vector<Mapping> regions;
+  std::uint64_t generation = 0;  ///< unique in this daemon's life
+  bool populated = false;
+};
+
+/// The phases of a refit in microseconds, as the wire has them.
+struct PhaseTimes {
+  float wait_us = 0, gate_us = 0, copy_us = 0, check_us = 0, total_us = 0;
+};
+
+/// One registered module and what happened to it.
+struct Module {
+  std::string name;
+  std::shared_ptr<Registration> registration;
+  std::uint32_t slot = 0;  ///< of the state words; engines only
+  std::string last_source;
+  std::uint64_t refits = 0;
+  std::uint64_t last_bytes = 0;
+  PhaseTimes last;
+};
+
+/// Who may touch an engine now: one transaction, or any number of checks. `blocked` marks engines that an earlier waiting
+/// operation wants while the queue is walked.
+struct EngineLock {
+  bool exclusive = false;
+  unsigned shared = 0;
+  bool blocked = false;
+};
+
+struct EventSourceDeleter {
+  void operator()(sd_event_source* source) const noexcept { sd_event_source_disable_unref(source); }
+};
+using EventSource = std::unique_ptr<sd_event_source, EventSourceDeleter>;
+
+class Session {
+ public:
+  /// Makes the regions, seals them, sends WELCOME. The fds that the client needs are sent, not kept.
+  static Result<std::shared_ptr<Session>> open(std::uint64_t id, UniqueFd socket, PeerCredentials peer, UniqueFd pidfd,
+                                               Role role, std::string name, Waiting daemon_waiting, int daemon_pidfd);
+
+  /// "engine flux (session 3, pid 812)", for messages and logs.
+  [[nodiscard]] std::string label() const;
+
+  // -- requests
+
+  struct Request {
+    wire::Opcode opcode{};
+    std::uint64_t id = 0;
+    const std::byte* payload = nullptr;  ///< private memory, valid until the next call
+    std::size_t payload_bytes = 0;
+  };
+  enum class Next { none, request, violation };
+  /// Takes the next request off the ring. On a violation `reason` says what was wrong.
+  Next next_request(Request& out, std::string& reason);
+  [[nodiscard]] bool has_request() const noexcept { return !requests_->empty(); }
+
+  /// Publishes a finished Reply. False if the client lets its replies pile up: the session must end.
+  [[nodiscard]] bool reply(std::uint64_t request_id, const flatbuffers::FlatBufferBuilder& builder);
+
+  void wake_client() const noexcept {
+    if (memory->request_region().client_awake.load() == 0) client_doorbell_.ring();
+  }
+
+  // -- tickets
+
+  static constexpr std::size_t kUnclaimedTicketsMax = 64;
+  static constexpr std::chrono::seconds kTicketLife{5};
+  struct Ticket {
+    UniqueFd fd;
+    Clock::time_point expires;
+  };
+  std::map<std::uint64_t, Ticket> tickets;
+
+  // -- identity and state; the server reads and writes these
+
+  std::uint64_t id = 0;
+  Role role = Role::observer;
+  std::string name;
+  PeerCredentials peer;
+  UniqueFd socket;
+  UniqueFd pidfd;
+  std::shared_ptr<SessionMemory> memory;
+  std::map<std::string, std::shared_ptr<Module>, std::less<>> modules;
+  bool closed = false;
+
+  // engines only
+  EngineLock lock;
+  std::uint64_t gate_epoch = 0;
+  float last_gate_us = 0;  ///< how long the engine took to answer last; says whether reading for it is worth while
+
+  std::vector<EventSource> sources;
+  Server* server = nullptr;  ///< whose loop the sources belong to
+  bool spins = false;              ///< its client waits in mode `always`
+  /// Another edge for this session's own doorbell.
+  void ring_myself() const noexcept { daemon_doorbell_.ring(); }
+  [[nodiscard]] int daemon_doorbell_fd() const noexcept { return daemon_doorbell_.fd(); }
+
+ private:
+  Session() = default;
+
+  Doorbell daemon_doorbell_;
+  Doorbell client_doorbell_;
+  std::unique_ptr<RingConsumer> requests_;
+  std::unique_ptr<RingProducer> replies_;
+  std::vector<std::byte> payload_;  ///< private copy of the request under work
+  /// Absolute end position of each reply's payload, by ring slot: what the client has consumed is free again.
+  std::array<std::uint64_t, kRingSlots> payload_ends_{};
+  std::uint64_t payload_position_ = 0;
+};
+
+}  // namespace refit::daemon
