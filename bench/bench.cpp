@@ -75,6 +75,7 @@ ordered_json empty_figures(const Model& model, const Options& options) {
                           "tensor_huge_page_fraction",
                           "memcpy_methods_s",
                           "digests_verified",
+                          "engine_stepped_back",
                           "syscalls_by_name"}) {
     figures[key] = nullptr;
   }
@@ -111,7 +112,6 @@ void Bench::progress(const std::string& text) const {
 
 void Bench::skip(const std::string& key, const std::string& reason) {
   figures["skipped"].push_back({{"key", key}, {"reason", reason}});
-  progress("skipped " + key + ": " + reason);
 }
 
 json Bench::model_fields(bool cut) const {

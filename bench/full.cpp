@@ -20,8 +20,10 @@ constexpr double kBytesPerGB = 1e9;
 
 struct RefitsAndCopies {
   Samples refit_s, memcpy_s;
+  int stepped_back = 0;
 
   void add(const Message& message) {
+    stepped_back = message.body.at("stepped_back").get<int>();
     for (const double value : message.body.at("refit_s").get<Samples>()) refit_s.push_back(value);
     for (const double value : message.body.at("memcpy_s").get<Samples>()) memcpy_s.push_back(value);
   }
@@ -121,6 +123,7 @@ Result<void> measure_pairs(Bench& bench, Pair& pair, double best_s) {
                                {"min", std::min(best_s, smallest(all.memcpy_s))},
                                {"winner", bench.figures["memcpy_s"]["winner"]}};
   bench.figures["refit_over_memcpy"] = median(pair_ratios);
+  bench.figures["engine_stepped_back"] = all.stepped_back;
   bench.figures["refit_over_memcpy_pairs"] = {{"count", pair_ratios.size()},
                                               {"min", smallest(pair_ratios)},
                                               {"p10", percentile(pair_ratios, 10)},
@@ -176,6 +179,7 @@ bool fits(Bench& bench) {
       {"counts",
        {"allocations_per_refit.full", "page_faults_per_refit.full", "syscalls_per_refit.full",
         "yields_per_refit.full", "opens_per_refit.full"}}};
+  bench.progress("skipped the model at this size: " + reason);
   for (const auto& [part, keys] : keys_of_parts) {
     if (!bench.wants(part)) continue;
     for (const char* key : keys) bench.skip(key, reason);
@@ -216,7 +220,7 @@ Result<void> measure_full(Bench& bench) {
   }
   if (counts) {
     bench.progress("counts per refit at full size");
-    REFIT_TRY(count_per_refit(bench, pair, "full", bench.times(100, 5), bench.times(10, 5)));
+    REFIT_TRY(count_per_refit(bench, pair, "full", bench.times(100, 5), bench.times(20, 5)));
   }
   return {};
 }

@@ -77,18 +77,20 @@ int main(int argc, char** argv) {
   CLI::App app("Measures what a refit costs beside one copy of the same bytes.");
   app.footer(bench::kFooter);
   app.add_option("--manifest", options.manifest,
-                 "the model: names and shapes (bench/manifests/*.json)");
+                 "the model: names and shapes (bench/manifests/*.json)")
+      ->type_name("FILE");
   app.add_option("--scale", options.scale, "multiply every dimension by this; at least 1 remains")
       ->capture_default_str();
   app.add_option("--steps", options.steps, "pairs of refit and copy; 30 is the least for a figure")
       ->capture_default_str()
-      ->check(CLI::PositiveNumber);
+      ->check(CLI::Range(1, 100'000));
   app.add_option("--only", options.only,
                  "parts to run: overhead, ring, register, attach, refit, check, counts")
       ->delimiter(',')
       ->check(
           CLI::IsMember(std::set<std::string>(std::begin(bench::kParts), std::end(bench::kParts))));
-  app.add_option("--json", options.json_path, "write every figure and verdict to this file");
+  app.add_option("--json", options.json_path, "write every figure and verdict to this file")
+      ->type_name("FILE");
   app.add_option("--refitd", options.refitd,
                  "the daemon to measure; default: the one built beside this program");
   app.add_flag("--quick", options.quick,

@@ -175,7 +175,7 @@ void judge(ordered_json& figures) {
 void print_tables(const ordered_json& figures) {
   std::vector<std::vector<std::string>> rows{{"figure", "value"}};
   for (const auto& [key, value] : figures.items()) {
-    if (key == "bars" || key == "skipped") continue;
+    if (key == "bars" || key == "skipped" || value.is_null()) continue;
     const bool is_list = key == "memcpy_methods_s" || key == "syscalls_by_name" || key == "machine";
     if (!is_list || !value.is_object()) {
       rows.push_back({key, text_of(value)});
@@ -194,7 +194,12 @@ void print_tables(const ordered_json& figures) {
                     bar.at("verdict").get<std::string>(), bar.at("note").get<std::string>()});
   }
   print_table(rows);
-  std::printf("\nSkipped is not passed.\n");
+  std::printf("\n");
+  for (const ordered_json& entry : figures.at("skipped")) {
+    std::printf("skipped %s: %s\n", entry.at("key").get<std::string>().c_str(),
+                entry.at("reason").get<std::string>().c_str());
+  }
+  std::printf("Skipped is not passed.\n");
 }
 
 Result<void> write_json(const ordered_json& figures, const std::string& path) {

@@ -32,3 +32,8 @@ if(REFIT_TORCH)
 endif()
 
 message(STATUS "CUDA: not part of this build; host memory only.")
+
+# g++ 12 warns of overlapping copies inside its own std::string (GCC bug 105651).
+if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
+  add_compile_options(-Wno-restrict)
+endif()

@@ -1,8 +1,9 @@
-// Named points where a test build dies, stops or misbehaves on purpose. Nothing at all in a release build.
+// Named points where a test build dies, stops or misbehaves on purpose. Nothing at all in a release
+// build.
 //
-// A point is armed by REFIT_POINT="name=action" in the environment: kill (SIGKILL itself), stop (SIGSTOP itself, once)
-// or skip (test_point returns true: the caller leaves its next act out). A test proves that a point was hit by the
-// process's death or stop, or by the wrong bytes.
+// A point is armed by REFIT_POINT="name=action" in the environment: kill (SIGKILL itself), stop
+// (SIGSTOP itself, once) or skip (test_point returns true: the caller leaves its next act out). A
+// test proves that a point was hit by the process's death or stop, or by the wrong bytes.
 #pragma once
 
 #ifdef REFIT_TEST_POINTS

@@ -28,8 +28,8 @@ std::string shape_repr(const Dims& shape) {
 
 TransactionId TransactionId::random() {
   TransactionId id;
-  // getrandom cannot fail for 16 bytes once the pool is seeded; a short read would only weaken uniqueness, and a zero id
-  // is no transaction, hence the loop.
+  // getrandom cannot fail for 16 bytes once the pool is seeded; a short read would only weaken
+  // uniqueness, and a zero id is no transaction, hence the loop.
   while (id.is_zero()) {
     if (getrandom(&id, sizeof id, 0) != static_cast<ssize_t>(sizeof id)) id = TransactionId{};
   }

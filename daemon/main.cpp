@@ -16,9 +16,12 @@ using namespace refit::daemon;
 
 int exit_code_of(const Error& error) {
   switch (error.code) {
-    case Errc::bad_argument: return kExitBadArguments;
-    case Errc::permission: return kExitPermission;
-    default: return error.native == EACCES || error.native == EPERM ? kExitPermission : kExitFailure;
+    case Errc::bad_argument:
+      return kExitBadArguments;
+    case Errc::permission:
+      return kExitPermission;
+    default:
+      return error.native == EACCES || error.native == EPERM ? kExitPermission : kExitFailure;
   }
 }
 
@@ -42,7 +45,8 @@ void block_signals() {
 
 Result<void> serve(const Options& options) {
   REFIT_TRY(install_sigbus_handler());
-  auto listener = options.socket_path.empty() ? Listener::from_systemd() : Listener::bind(options.socket_path);
+  auto listener =
+      options.socket_path.empty() ? Listener::from_systemd() : Listener::bind(options.socket_path);
   if (!listener) return Unexpected(listener.error());
   REFIT_TRY_ASSIGN(auto server, Server::create(options, std::move(*listener)));
   return server->run();

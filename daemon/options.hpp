@@ -17,7 +17,8 @@ struct Options {
   bool verbose = false;
 };
 
-/// Parses argv. An engaged `exit_code` means there is nothing more to do (help, version, bad arguments).
+/// Parses argv. An engaged `exit_code` means there is nothing more to do (help, version, bad
+/// arguments).
 struct ParsedOptions {
   Options options;
   int exit_code = -1;

@@ -59,6 +59,8 @@ std::string general_advice(const Error& error, const FailureContext& context) {
     case Errc::no_such_engine:
     case Errc::no_such_module:
       return "`refitctl modules` lists what is registered";
+    case Errc::manifest_mismatch:
+      return "`refitctl tensors ENGINE/MODULE` lists what a module has";
     case Errc::shutting_down:
       return "the daemon is draining: try again when it is back";
     case Errc::poisoned:

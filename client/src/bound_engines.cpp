@@ -17,7 +17,8 @@ bool BoundEnginesPump::pump() {
 
 bool BoundEnginesPump::due() const {
   const auto& engines = bound_engines();
-  return std::any_of(engines.begin(), engines.end(), [](const BoundEngine* engine) { return engine->due(); });
+  return std::any_of(engines.begin(), engines.end(),
+                     [](const BoundEngine* engine) { return engine->due(); });
 }
 
 void BoundEnginesPump::append_fds(std::vector<pollfd>& fds) const {

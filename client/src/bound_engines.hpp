@@ -1,7 +1,8 @@
 // The engines whose gates the calling thread pumps while it waits for a refit.
 //
-// Per thread by design: a trainer and an engine that share a thread cannot wait for each other in any other way. Engines
-// enter by Engine::bind_to_this_thread and leave when they are destroyed on that thread.
+// Per thread by design: a trainer and an engine that share a thread cannot wait for each other in
+// any other way. Engines enter by Engine::bind_to_this_thread and leave when they are destroyed on
+// that thread.
 #pragma once
 
 #include <vector>

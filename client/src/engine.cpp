@@ -1,4 +1,5 @@
-// Engine's calls: registration, and the waiting at its gate. What the words mean stands in gate.cpp.
+// Engine's calls: registration, and the waiting at its gate. What the words mean stands in
+// gate.cpp.
 #include "refit/engine.hpp"
 
 #include <sys/epoll.h>
@@ -16,7 +17,8 @@ namespace refit {
 
 class Engine::Impl final : public BoundEngine {
  public:
-  Impl(std::string name, ConnectOptions options) : name_(std::move(name)), options_(std::move(options)) {}
+  Impl(std::string name, ConnectOptions options)
+      : name_(std::move(name)), options_(std::move(options)) {}
   ~Impl() override {
     stop_serving();
     auto& bound = bound_engines();
@@ -32,7 +34,8 @@ class Engine::Impl final : public BoundEngine {
                                      {session->socket_fd(), EPOLLRDHUP}}) {
       epoll_event event{};
       event.events = events;
-      if (::epoll_ctl(epoll.get(), EPOLL_CTL_ADD, fd, &event) != 0) return fail_os("epoll_ctl", errno);
+      if (::epoll_ctl(epoll.get(), EPOLL_CTL_ADD, fd, &event) != 0)
+        return fail_os("epoll_ctl", errno);
     }
     session_ = std::move(session);
     gate_.attach(session_.get());
@@ -41,11 +44,13 @@ class Engine::Impl final : public BoundEngine {
   }
 
   Result<void> reconnect(Deadline deadline) {
-    if (serving_.joinable()) return fail(Errc::busy, "engine " + name_ + ": stop_serving() before reconnect()");
+    if (serving_.joinable())
+      return fail(Errc::busy, "engine " + name_ + ": stop_serving() before reconnect()");
     if (gate_.attached()) {
       // The old daemon's last word counts only once it cannot write any more.
       if (!session_->daemon_dead() && !gate_.withdraw()) {
-        return fail(Errc::busy, "engine " + name_ + ": the daemon is writing; it must commit or die first");
+        return fail(Errc::busy,
+                    "engine " + name_ + ": the daemon is writing; it must commit or die first");
       }
       gate_.detach();
     }
@@ -71,7 +76,8 @@ class Engine::Impl final : public BoundEngine {
     if (fd_taken_ && session_ != nullptr) session_->drain_doorbell();
     if (auto event = gate_.take_event()) return event;
     if (!gate_.due() && !gate_.holding()) {
-      // Only the owner of fd() is woken by the daemon's death while nothing is asked, so only there is it looked for.
+      // Only the owner of fd() is woken by the daemon's death while nothing is asked, so only there
+      // is it looked for.
       if (fd_taken_ || session_ == nullptr) REFIT_TRY(ready_for_a_call());
       return std::nullopt;
     }
@@ -95,7 +101,9 @@ class Engine::Impl final : public BoundEngine {
         if (++reads % kReadsPerLook == 0 && session_->daemon_dead()) return daemon_gone();
         continue;
       }
-      pollfd fds[] = {{session_->doorbell_fd(), POLLIN, 0}, {session_->pidfd(), POLLIN, 0}, {session_->socket_fd(), POLLRDHUP, 0}};
+      pollfd fds[] = {{session_->doorbell_fd(), POLLIN, 0},
+                      {session_->pidfd(), POLLIN, 0},
+                      {session_->socket_fd(), POLLRDHUP, 0}};
       const int count = ::poll(fds, 3, deadline.remaining_ms());
       if (count < 0 && errno != EINTR) return fail_os("poll", errno);
       if (count <= 0) continue;
@@ -142,26 +150,35 @@ class Engine::Impl final : public BoundEngine {
 
  private:
   Result<void> ready_for_a_call() {
-    if (serving_.joinable()) return fail(Errc::busy, "engine " + name_ + " is served by its own thread; stop_serving() first");
-    if (session_ == nullptr) return fail(Errc::daemon_gone, "engine " + name_ + " has no daemon; reconnect() when one is there");
-    if (fd_taken_ && !gate_.holding() && !gate_.due() && session_->daemon_dead()) return daemon_gone();
+    if (serving_.joinable())
+      return fail(Errc::busy,
+                  "engine " + name_ + " is served by its own thread; stop_serving() first");
+    if (session_ == nullptr)
+      return fail(Errc::daemon_gone,
+                  "engine " + name_ + " has no daemon; reconnect() when one is there");
+    if (fd_taken_ && !gate_.holding() && !gate_.due() && session_->daemon_dead())
+      return daemon_gone();
     return {};
   }
 
   Result<void> register_now(const ModuleSpec& spec, Deadline deadline) {
-    REFIT_TRY_ASSIGN(const std::uint32_t index, refit::register_module(*session_, spec, gate_.held(spec.name()), deadline));
+    REFIT_TRY_ASSIGN(const std::uint32_t index,
+                     refit::register_module(*session_, spec, gate_.held(spec.name()), deadline));
     gate_.put(spec, index);
     return {};
   }
 
-  /// The daemon is dead or closed the session: keeps what the words said last and lets the session go.
+  /// The daemon is dead or closed the session: keeps what the words said last and lets the session
+  /// go.
   Unexpected daemon_gone() {
     const bool dead = session_->daemon_dead();
     gate_.detach();
     session_.reset();
-    return fail(Errc::daemon_gone, "engine " + name_ + ": the daemon " + (dead ? "died" : "closed this session") +
-                                       (gate_.step_allowed() ? "; the weights are whole"
-                                                             : " while it was writing; no step may run until a refit commits"));
+    return fail(Errc::daemon_gone,
+                "engine " + name_ + ": the daemon " + (dead ? "died" : "closed this session") +
+                    (gate_.step_allowed()
+                         ? "; the weights are whole"
+                         : " while it was writing; no step may run until a refit commits"));
   }
 
   /// Stays until the daemon releases the gate. `stop_fd`, if any, asks to step back.
@@ -180,7 +197,8 @@ class Engine::Impl final : public BoundEngine {
         if (!deadline.passed()) continue;
       } else if (may_spin) {
         may_spin = false;
-        session_->request_region().client_awake.store(1);  // pairs with the load in the daemon's Session::wake_client
+        session_->request_region().client_awake.store(
+            1);  // pairs with the load in the daemon's Session::wake_client
         const bool released = spin_briefly([&] { return gate_.due(); });
         session_->request_region().client_awake.store(0);
         if (released || gate_.due()) continue;
@@ -195,7 +213,8 @@ class Engine::Impl final : public BoundEngine {
       if (gate_.due()) continue;
       if (fds[1].revents != 0) return after_death();
       if (fds[2].revents != 0) {
-        // A daemon that closed the session may still be writing: then its word or its death is awaited.
+        // A daemon that closed the session may still be writing: then its word or its death is
+        // awaited.
         socket_open = false;
         if (gate_.withdraw()) return daemon_gone();
       }
@@ -203,14 +222,17 @@ class Engine::Impl final : public BoundEngine {
       if (stop_asked || deadline.passed()) {
         if (gate_.withdraw()) return std::nullopt;
         if (!stop_asked) {
-          return fail(Errc::deadline, "engine " + name_ + ": the daemon is writing; no step may run, call poll() again");
+          return fail(
+              Errc::deadline,
+              "engine " + name_ + ": the daemon is writing; no step may run, call poll() again");
         }
         stop_fd = -1;
       }
     }
   }
 
-  /// The daemon died while this engine held still. What it committed counts; what it was writing is poisoned.
+  /// The daemon died while this engine held still. What it committed counts; what it was writing is
+  /// poisoned.
   Result<std::optional<GateEvent>> after_death() {
     gate_.pump();
     auto event = gate_.take_event();
@@ -266,7 +288,8 @@ Engine::~Engine() = default;
 Engine::Engine(Engine&&) noexcept = default;
 Engine& Engine::operator=(Engine&&) noexcept = default;
 
-Result<Engine> Engine::connect(const std::string& name, const ConnectOptions& options, Deadline deadline) {
+Result<Engine> Engine::connect(const std::string& name, const ConnectOptions& options,
+                               Deadline deadline) {
   auto impl = std::make_unique<Impl>(name, options);
   REFIT_TRY(impl->attach(deadline));
   return Engine(std::move(impl));
@@ -286,7 +309,9 @@ void Engine::stop_serving() noexcept { impl_->stop_serving(); }
 void Engine::bind_to_this_thread() { impl_->bind(); }
 bool Engine::step_allowed() const noexcept { return impl_->gate().step_allowed(); }
 ModuleState Engine::state(const std::string& module) const { return impl_->gate().state(module); }
-std::uint64_t Engine::version(const std::string& module) const { return impl_->gate().version(module); }
+std::uint64_t Engine::version(const std::string& module) const {
+  return impl_->gate().version(module);
+}
 Result<void> Engine::reconnect(Deadline deadline) { return impl_->reconnect(deadline); }
 
 }  // namespace refit

@@ -75,8 +75,10 @@ HeldState Gate::held_of(const Slot& slot) const noexcept {
       // The record of an unfinished write names the version that the bytes never became.
       return {slot.held.version, reading.transaction, true};
     case ModuleState::initial:
-    case ModuleState::committed: return {reading.version, reading.transaction, false};
-    case ModuleState::none: break;
+    case ModuleState::committed:
+      return {reading.version, reading.transaction, false};
+    case ModuleState::none:
+      break;
   }
   return slot.held;
 }
@@ -102,8 +104,8 @@ bool Gate::due() const noexcept {
 }
 
 bool Gate::long_copy() const noexcept {
-  return session_ != nullptr &&
-         (GateWord::unpack(session_->response_region().gate.load()).flags & GateWord::kLongCopy) != 0;
+  return session_ != nullptr && (GateWord::unpack(session_->response_region().gate.load()).flags &
+                                 GateWord::kLongCopy) != 0;
 }
 
 Gate::Progress Gate::pump() {
@@ -131,7 +133,8 @@ void Gate::release(GateWord gate) {
     const ModuleBlock* words = block(slot);
     if (words == nullptr) continue;
     const ModuleReading reading = read_module(*words);
-    if (reading.word.state != ModuleState::committed || reading.word.epoch != answered_epoch_) continue;
+    if (reading.word.state != ModuleState::committed || reading.word.epoch != answered_epoch_)
+      continue;
     event.modules.push_back({slot.spec.name(), reading.version, reading.transaction});
     slot.held = {reading.version, reading.transaction, false};
   }
@@ -141,12 +144,14 @@ void Gate::release(GateWord gate) {
 
 bool Gate::withdraw() {
   if (session_ == nullptr || !holding_.load()) return true;
-  // Store, then load: the daemon stores `writing` and then loads this word, so at least one of the two sees the other and
-  // steps back. Pairs with Transaction::begin_writing.
-  session_->request_region().gate_answer.store(AnswerWord{answered_epoch_, AnswerState::withdrawn}.pack());
+  // Store, then load: the daemon stores `writing` and then loads this word, so at least one of the
+  // two sees the other and steps back. Pairs with Transaction::begin_writing.
+  session_->request_region().gate_answer.store(
+      AnswerWord{answered_epoch_, AnswerState::withdrawn}.pack());
   for (const Slot& slot : slots_) {
     const ModuleBlock* words = block(slot);
-    if (words != nullptr && ModuleWord::unpack(words->word.load()).state == ModuleState::writing) return false;
+    if (words != nullptr && ModuleWord::unpack(words->word.load()).state == ModuleState::writing)
+      return false;
   }
   holding_.store(false);
   session_->ring_daemon();

@@ -1,7 +1,8 @@
-// The engine's side of the gate: when it holds still, when it may go on, what it knows when the daemon dies.
+// The engine's side of the gate: when it holds still, when it may go on, what it knows when the
+// daemon dies.
 //
-// One thread at a time, but step_allowed() and the state readers, which any thread may call. Never blocks; Engine and
-// Trainer do the waiting. See ipc/state_word.hpp for the words.
+// One thread at a time, but step_allowed() and the state readers, which any thread may call. Never
+// blocks; Engine and Trainer do the waiting. See ipc/state_word.hpp for the words.
 #pragma once
 
 #include <atomic>
@@ -19,9 +20,11 @@ namespace refit {
 
 class Gate {
  public:
-  /// Starts over with a new session: no epoch has been answered, every module must be registered again.
+  /// Starts over with a new session: no epoch has been answered, every module must be registered
+  /// again.
   void attach(Session* session);
-  /// The session is over and its daemon cannot write any more: keeps what the state words said last.
+  /// The session is over and its daemon cannot write any more: keeps what the state words said
+  /// last.
   void detach();
   [[nodiscard]] bool attached() const noexcept { return session_ != nullptr; }
 
@@ -34,7 +37,8 @@ class Gate {
 
   enum class Progress { idle, holding, released };
 
-  /// One step: answers `prepare` with ready, notices the release. Released means an event may wait in take_event().
+  /// One step: answers `prepare` with ready, notices the release. Released means an event may wait
+  /// in take_event().
   Progress pump();
   /// True if pump() has something to do. One load.
   [[nodiscard]] bool due() const noexcept;
@@ -44,11 +48,13 @@ class Gate {
   /// The daemon said that what follows takes long: block, do not spin.
   [[nodiscard]] bool long_copy() const noexcept;
 
-  /// Steps back from the gate. False if bytes are being written: then only the daemon's word or its death opens it.
+  /// Steps back from the gate. False if bytes are being written: then only the daemon's word or its
+  /// death opens it.
   bool withdraw();
 
   std::optional<GateEvent> take_event();
-  /// Once the daemon is dead: what it had committed of the epoch that this side still holds for, if anything.
+  /// Once the daemon is dead: what it had committed of the epoch that this side still holds for, if
+  /// anything.
   std::optional<GateEvent> committed_while_holding();
 
   // Any thread.
@@ -71,7 +77,8 @@ class Gate {
   [[nodiscard]] const Slot* find(const std::string& module) const noexcept;
   void release(GateWord gate);
 
-  /// Guards session_ and slots_ against the readers of other threads; the engine's own thread alone changes them.
+  /// Guards session_ and slots_ against the readers of other threads; the engine's own thread alone
+  /// changes them.
   mutable std::mutex mutex_;
   Session* session_ = nullptr;
   std::vector<Slot> slots_;

@@ -18,14 +18,18 @@ SharedMemory::SharedMemory(std::unique_ptr<State> state) noexcept : state_(std::
 SharedMemory::~SharedMemory() = default;
 
 Result<std::shared_ptr<SharedMemory>> SharedMemory::allocate(std::size_t bytes, const char* label) {
-  if (bytes == 0) return fail(Errc::bad_argument, std::string(label) + ": cannot allocate zero bytes of shared memory");
+  if (bytes == 0)
+    return fail(Errc::bad_argument,
+                std::string(label) + ": cannot allocate zero bytes of shared memory");
   const std::size_t rounded = (bytes + kHugePageBytes - 1) & ~(kHugePageBytes - 1);
   if (rounded < bytes) return fail(Errc::bad_argument, std::string(label) + ": the size overflows");
   auto state = std::make_unique<State>();
   REFIT_TRY_ASSIGN(state->fd, make_memfd(label, rounded));
   REFIT_TRY(add_seals(state->fd.get(), F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL, label));
-  REFIT_TRY_ASSIGN(state->mapping, Mapping::map(state->fd.get(), rounded, Access::read_write, label));
-  // Huge pages first, while the file is empty; what the host does not grant is backed by small ones after.
+  REFIT_TRY_ASSIGN(state->mapping,
+                   Mapping::map(state->fd.get(), rounded, Access::read_write, label));
+  // Huge pages first, while the file is empty; what the host does not grant is backed by small ones
+  // after.
   collapse_to_huge_pages(state->mapping);
   REFIT_TRY(back_with_memory(state->fd.get(), rounded, label));
   return std::shared_ptr<SharedMemory>(new SharedMemory(std::move(state)));

@@ -27,7 +27,8 @@ Observer::~Observer() = default;
 Observer::Observer(Observer&&) noexcept = default;
 Observer& Observer::operator=(Observer&&) noexcept = default;
 
-Result<Observer> Observer::connect(const std::string& name, const ConnectOptions& options, Deadline deadline) {
+Result<Observer> Observer::connect(const std::string& name, const ConnectOptions& options,
+                                   Deadline deadline) {
   REFIT_TRY_ASSIGN(auto session, Session::connect(Role::observer, name, options, deadline));
   return Observer(std::make_unique<Impl>(std::move(session)));
 }
@@ -36,7 +37,8 @@ Result<DaemonStatus> Observer::status(Deadline deadline) {
   Session& session = *impl_->session;
   auto& fbb = session.builder();
   fbb.Finish(wire::CreateStatusQuery(fbb));
-  REFIT_TRY_ASSIGN(const wire::Reply* reply, session.call(wire::Opcode::status, deadline, Expect::long_running));
+  REFIT_TRY_ASSIGN(const wire::Reply* reply,
+                   session.call(wire::Opcode::status, deadline, Expect::long_running));
   const auto* body = reply->body_as_Status();
   if (body == nullptr) return fail(Errc::protocol, "the daemon's reply is not a status");
   DaemonStatus status;
@@ -51,8 +53,9 @@ Result<DaemonStatus> Observer::status(Deadline deadline) {
   status.draining = body->draining();
   if (body->sessions() != nullptr) {
     for (const auto* entry : *body->sessions()) {
-      status.sessions.push_back({entry->id(), static_cast<Role>(entry->role()), std::string(view(entry->name())), entry->uid(),
-                                 entry->pid(), entry->modules()});
+      status.sessions.push_back({entry->id(), static_cast<Role>(entry->role()),
+                                 std::string(view(entry->name())), entry->uid(), entry->pid(),
+                                 entry->modules()});
     }
   }
   if (body->modules() != nullptr) {
@@ -76,13 +79,15 @@ Result<DaemonStatus> Observer::status(Deadline deadline) {
   return status;
 }
 
-Result<std::vector<TensorSpec>> Observer::tensors(const std::string& engine, const std::string& module, Deadline deadline) {
+Result<std::vector<TensorSpec>> Observer::tensors(const std::string& engine,
+                                                  const std::string& module, Deadline deadline) {
   Session& session = *impl_->session;
   auto& fbb = session.builder();
   const auto engine_name = fbb.CreateString(engine);
   const auto module_name = fbb.CreateString(module);
   fbb.Finish(wire::CreateTensorsQuery(fbb, engine_name, module_name));
-  REFIT_TRY_ASSIGN(const wire::Reply* reply, session.call(wire::Opcode::tensors, deadline, Expect::long_running));
+  REFIT_TRY_ASSIGN(const wire::Reply* reply,
+                   session.call(wire::Opcode::tensors, deadline, Expect::long_running));
   const auto* body = reply->body_as_TensorList();
   if (body == nullptr) return fail(Errc::protocol, "the daemon's reply is not a tensor list");
   std::vector<TensorSpec> tensors;

@@ -23,13 +23,14 @@ Unexpected wrong_body(const char* what) {
 
 std::uint64_t daemon_budget_us(Deadline deadline) {
   using std::chrono::microseconds;
-  const auto left = std::chrono::duration_cast<microseconds>(deadline.point() - Deadline::Clock::now());
+  const auto left =
+      std::chrono::duration_cast<microseconds>(deadline.point() - Deadline::Clock::now());
   if (left.count() <= 0) return 0;
   return static_cast<std::uint64_t>((left - std::min(left / 10, microseconds(100'000))).count());
 }
 
-Result<std::uint32_t> register_module(Session& session, const ModuleSpec& module, const HeldState& held,
-                                      Deadline deadline) {
+Result<std::uint32_t> register_module(Session& session, const ModuleSpec& module,
+                                      const HeldState& held, Deadline deadline) {
   std::vector<std::uint64_t> tickets;
   for (const auto& memory : module.regions()) {
     REFIT_TRY_ASSIGN(const std::uint64_t ticket, session.send_fd(memory->fd(), deadline));
@@ -43,7 +44,8 @@ Result<std::uint32_t> register_module(Session& session, const ModuleSpec& module
   std::vector<flatbuffers::Offset<wire::Tensor>> tensors;
   tensors.reserve(module.tensors().size());
   const auto dims = [&fbb](const Dims& values) {
-    return values.empty() ? flatbuffers::Offset<flatbuffers::Vector<std::uint64_t>>() : fbb.CreateVector(values);
+    return values.empty() ? flatbuffers::Offset<flatbuffers::Vector<std::uint64_t>>()
+                          : fbb.CreateVector(values);
   };
   for (const TensorSpec& spec : module.tensors()) {
     const auto name = fbb.CreateString(spec.name);
@@ -51,8 +53,9 @@ Result<std::uint32_t> register_module(Session& session, const ModuleSpec& module
     const auto strides = dims(spec.strides);
     const auto global_shape = dims(spec.global_shape);
     const auto box_offset = dims(spec.box_offset);
-    tensors.push_back(wire::CreateTensor(fbb, name, static_cast<std::uint8_t>(spec.dtype), shape, strides, spec.region,
-                                         spec.offset_bytes, global_shape, box_offset));
+    tensors.push_back(wire::CreateTensor(fbb, name, static_cast<std::uint8_t>(spec.dtype), shape,
+                                         strides, spec.region, spec.offset_bytes, global_shape,
+                                         box_offset));
   }
   std::vector<flatbuffers::Offset<wire::NameRule>> rules;
   for (const NameRule& rule : module.name_map()) {
@@ -65,9 +68,10 @@ Result<std::uint32_t> register_module(Session& session, const ModuleSpec& module
   const auto region_list = fbb.CreateVector(regions);
   const auto tensor_list = fbb.CreateVector(tensors);
   const auto rule_list = fbb.CreateVector(rules);
-  fbb.Finish(wire::CreateRegisterModule(fbb, name, region_list, tensor_list, rule_list, held.version, &transaction,
-                                        held.poisoned));
-  REFIT_TRY_ASSIGN(const wire::Reply* reply, session.call(wire::Opcode::register_module, deadline, Expect::long_running));
+  fbb.Finish(wire::CreateRegisterModule(fbb, name, region_list, tensor_list, rule_list,
+                                        held.version, &transaction, held.poisoned));
+  REFIT_TRY_ASSIGN(const wire::Reply* reply,
+                   session.call(wire::Opcode::register_module, deadline, Expect::long_running));
   const auto* registered = reply->body_as_Registered();
   if (registered == nullptr || registered->slot() >= kModulesMax) return wrong_body("registration");
   return registered->slot();
@@ -94,7 +98,8 @@ Result<CheckReport> check(Session& session, const CheckRequest& request, Deadlin
   const auto list = fbb.CreateVector(expected);
   fbb.Finish(wire::CreateCheck(fbb, engine, module, static_cast<std::uint8_t>(request.kind), list,
                                daemon_budget_us(deadline)));
-  REFIT_TRY_ASSIGN(const wire::Reply* reply, session.call(wire::Opcode::check, deadline, Expect::long_running));
+  REFIT_TRY_ASSIGN(const wire::Reply* reply,
+                   session.call(wire::Opcode::check, deadline, Expect::long_running));
   const auto* body = reply->body_as_Checked();
   if (body == nullptr) return wrong_body("check report");
   CheckReport report;
@@ -115,15 +120,17 @@ Result<DigestReport> digest(Session& session, const DigestRequest& request, Dead
   const auto engine = fbb.CreateString(request.engine);
   const auto module = fbb.CreateString(request.module);
   const auto selection = fbb.CreateVectorOfStrings(request.selection);
-  fbb.Finish(wire::CreateDigestQuery(fbb, engine, module, static_cast<std::uint8_t>(request.kind), selection,
-                                     request.per_module, daemon_budget_us(deadline)));
-  REFIT_TRY_ASSIGN(const wire::Reply* reply, session.call(wire::Opcode::digest, deadline, Expect::long_running));
+  fbb.Finish(wire::CreateDigestQuery(fbb, engine, module, static_cast<std::uint8_t>(request.kind),
+                                     selection, request.per_module, daemon_budget_us(deadline)));
+  REFIT_TRY_ASSIGN(const wire::Reply* reply,
+                   session.call(wire::Opcode::digest, deadline, Expect::long_running));
   const auto* body = reply->body_as_Digests();
   if (body == nullptr) return wrong_body("digest report");
   DigestReport report;
   if (body->tensors() != nullptr) {
     for (const auto* entry : *body->tensors()) {
-      report.tensors.emplace_back(std::string(view(entry->name())), digest_from_wire(entry->value()));
+      report.tensors.emplace_back(std::string(view(entry->name())),
+                                  digest_from_wire(entry->value()));
     }
   }
   report.module = digest_from_wire(body->module_digest());

@@ -15,13 +15,14 @@ struct HeldState {
 };
 
 /// Sends the regions' fds and the manifest; returns the module's slot among the state words.
-Result<std::uint32_t> register_module(Session& session, const ModuleSpec& module, const HeldState& held, Deadline deadline);
+Result<std::uint32_t> register_module(Session& session, const ModuleSpec& module,
+                                      const HeldState& held, Deadline deadline);
 Result<void> unregister_module(Session& session, const std::string& module, Deadline deadline);
 Result<CheckReport> check(Session& session, const CheckRequest& request, Deadline deadline);
 Result<DigestReport> digest(Session& session, const DigestRequest& request, Deadline deadline);
 
-/// What the daemon may use of the time that is left: a little less, so that its named error arrives before the caller's
-/// own deadline does.
+/// What the daemon may use of the time that is left: a little less, so that its named error arrives
+/// before the caller's own deadline does.
 std::uint64_t daemon_budget_us(Deadline deadline);
 
 }  // namespace refit

@@ -26,16 +26,19 @@ Result<void> check_socket_owner(const std::string& path) {
   if (::lstat(path.c_str(), &status) != 0) {
     const int code = errno;
     if (code == ENOENT) {
-      return Unexpected(Error{Errc::os, code,
+      return Unexpected(Error{Errc::os,
+                              code,
                               "no daemon at " + path +
-                                  ": no such socket; start one with `refitd --socket " + path + "`, or name another",
+                                  ": no such socket; start one with `refitd --socket " + path +
+                                  "`, or name another",
                               {}});
     }
     return fail_os("looking at the socket " + path, code);
   }
   if (!S_ISSOCK(status.st_mode)) return fail(Errc::bad_argument, path + " is not a socket");
   if (status.st_uid != 0 && status.st_uid != ::geteuid()) {
-    return fail(Errc::permission, "the socket " + path + " belongs to uid " + std::to_string(status.st_uid) +
+    return fail(Errc::permission, "the socket " + path + " belongs to uid " +
+                                      std::to_string(status.st_uid) +
                                       ", which is neither root nor this user: not trusted");
   }
   return {};
@@ -46,7 +49,8 @@ Result<UniqueFd> connect_socket(const std::string& path) {
   address.sun_family = AF_UNIX;
   if (path.size() >= sizeof address.sun_path) {
     return fail(Errc::bad_argument, "the socket path is longer than " +
-                                        std::to_string(sizeof address.sun_path - 1) + " bytes: " + path);
+                                        std::to_string(sizeof address.sun_path - 1) +
+                                        " bytes: " + path);
   }
   std::memcpy(address.sun_path, path.c_str(), path.size() + 1);
   UniqueFd socket = UniqueFd::adopt(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
@@ -54,12 +58,15 @@ Result<UniqueFd> connect_socket(const std::string& path) {
   if (::connect(socket.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) != 0) {
     const int code = errno;
     if (code == ECONNREFUSED) {
-      return Unexpected(Error{Errc::os, code,
-                              "nobody listens at " + path + "; start the daemon with `refitd --socket " + path + "`",
-                              {}});
+      return Unexpected(Error{
+          Errc::os,
+          code,
+          "nobody listens at " + path + "; start the daemon with `refitd --socket " + path + "`",
+          {}});
     }
     if (code == EACCES || code == EPERM) {
-      return fail(Errc::permission, "this user may not connect to " + path + "; join the group that owns the socket");
+      return fail(Errc::permission,
+                  "this user may not connect to " + path + "; join the group that owns the socket");
     }
     return fail_os("connecting to " + path, code);
   }
@@ -69,7 +76,8 @@ Result<UniqueFd> connect_socket(const std::string& path) {
 Result<void> require_seals(int fd, int wanted, std::size_t bytes, const char* label) {
   REFIT_TRY_ASSIGN(const MemfdInfo info, inspect_memfd(fd, label));
   if ((info.seals & wanted) != wanted || info.bytes < bytes) {
-    return fail(Errc::protocol, std::string(label) + ": the daemon sent a segment without its seals");
+    return fail(Errc::protocol,
+                std::string(label) + ": the daemon sent a segment without its seals");
   }
   return {};
 }
@@ -96,7 +104,8 @@ std::string default_socket_path() {
   return "/run/refitd/refitd.sock";
 }
 
-Result<std::unique_ptr<Session>> Session::connect(Role role, const std::string& name, const ConnectOptions& options,
+Result<std::unique_ptr<Session>> Session::connect(Role role, const std::string& name,
+                                                  const ConnectOptions& options,
                                                   Deadline deadline) {
   std::unique_ptr<Session> session(new Session);
   session->socket_path_ = options.socket_path.empty() ? default_socket_path() : options.socket_path;
@@ -111,7 +120,8 @@ Result<void> Session::shake_hands(Role role, const std::string& name, Deadline d
   auto& hello = builder();
   hello.Finish(wire::CreateHello(hello, static_cast<std::uint8_t>(role), hello.CreateString(name),
                                  static_cast<std::uint8_t>(waiting_)));
-  REFIT_TRY(send_message(socket_.get(), SocketMessage::hello, hello.GetBufferPointer(), hello.GetSize(), nullptr, 0));
+  REFIT_TRY(send_message(socket_.get(), SocketMessage::hello, hello.GetBufferPointer(),
+                         hello.GetSize(), nullptr, 0));
 
   ReceivedMessage answer;
   for (;;) {
@@ -119,7 +129,8 @@ Result<void> Session::shake_hands(Role role, const std::string& name, Deadline d
     const Receive outcome = receive_message(socket_.get(), answer);
     if (outcome == Receive::message) break;
     if (outcome == Receive::closed) {
-      return fail(Errc::daemon_gone, "the daemon at " + socket_path_ + " closed the connection during the handshake");
+      return fail(Errc::daemon_gone,
+                  "the daemon at " + socket_path_ + " closed the connection during the handshake");
     }
     if (outcome == Receive::peer_broke_protocol) {
       return fail(Errc::protocol, socket_path_ + " answered, but not as refitd");
@@ -131,34 +142,45 @@ Result<void> Session::shake_hands(Role role, const std::string& name, Deadline d
     return fail(static_cast<Errc>(nak->code()), std::string(view(nak->message())));
   }
   const auto* welcome = verified_root<wire::Welcome>(answer.body.data(), answer.body.size());
-  if (answer.preamble.kind != static_cast<std::uint16_t>(SocketMessage::welcome) || welcome == nullptr ||
-      answer.fds.size() != kWelcomeFdCount || welcome->request_bytes() != kRequestRegionBytes ||
+  if (answer.preamble.kind != static_cast<std::uint16_t>(SocketMessage::welcome) ||
+      welcome == nullptr || answer.fds.size() != kWelcomeFdCount ||
+      welcome->request_bytes() != kRequestRegionBytes ||
       welcome->response_bytes() != kResponseRegionBytes) {
-    return fail(Errc::protocol, socket_path_ + " sent a WELCOME that this client does not understand");
+    return fail(Errc::protocol,
+                socket_path_ + " sent a WELCOME that this client does not understand");
   }
 
-  REFIT_TRY(require_seals(answer.fds[kRequestRegionFd].get(), kSealsOfRequest, kRequestRegionBytes, "request region"));
-  REFIT_TRY(require_seals(answer.fds[kResponseRegionFd].get(), kSealsOfRequest | F_SEAL_FUTURE_WRITE,
-                          kResponseRegionBytes, "response region"));
-  REFIT_TRY_ASSIGN(request_mapping_, Mapping::map(answer.fds[kRequestRegionFd].get(), kRequestRegionBytes,
-                                                  Access::read_write, "request region"));
-  REFIT_TRY_ASSIGN(response_mapping_, Mapping::map(answer.fds[kResponseRegionFd].get(), kResponseRegionBytes,
-                                                   Access::read_only, "response region"));
+  REFIT_TRY(require_seals(answer.fds[kRequestRegionFd].get(), kSealsOfRequest, kRequestRegionBytes,
+                          "request region"));
+  REFIT_TRY(require_seals(answer.fds[kResponseRegionFd].get(),
+                          kSealsOfRequest | F_SEAL_FUTURE_WRITE, kResponseRegionBytes,
+                          "response region"));
+  REFIT_TRY_ASSIGN(request_mapping_,
+                   Mapping::map(answer.fds[kRequestRegionFd].get(), kRequestRegionBytes,
+                                Access::read_write, "request region"));
+  REFIT_TRY_ASSIGN(response_mapping_,
+                   Mapping::map(answer.fds[kResponseRegionFd].get(), kResponseRegionBytes,
+                                Access::read_only, "response region"));
   request_ = reinterpret_cast<RequestRegion*>(request_mapping_.data());
   response_ = reinterpret_cast<const ResponseRegion*>(response_mapping_.data());
   daemon_doorbell_ = Doorbell::adopt(std::move(answer.fds[kDaemonDoorbellFd]));
   client_doorbell_ = Doorbell::adopt(std::move(answer.fds[kClientDoorbellFd]));
   daemon_pidfd_ = std::move(answer.fds[kDaemonPidfd]);
-  requests_ = std::make_unique<RingProducer>(request_->request_tail, response_->request_head, request_->requests);
-  replies_ = std::make_unique<RingConsumer>(response_->response_tail, request_->response_head, response_->responses);
+  requests_ = std::make_unique<RingProducer>(request_->request_tail, response_->request_head,
+                                             request_->requests);
+  replies_ = std::make_unique<RingConsumer>(response_->response_tail, request_->response_head,
+                                            response_->responses);
   if (waiting_ == Waiting::always) request_->client_awake.store(1);
-  // Tickets start at a random place so that one session's can never be mistaken for another's in a log.
-  [[maybe_unused]] const auto seeded = ::getrandom(&next_ticket_, sizeof next_ticket_, GRND_NONBLOCK);
+  // Tickets start at a random place so that one session's can never be mistaken for another's in a
+  // log.
+  [[maybe_unused]] const auto seeded =
+      ::getrandom(&next_ticket_, sizeof next_ticket_, GRND_NONBLOCK);
 
   try {
     arena_ = Arena(boost::interprocess::create_only, request_->arena,
                    kRequestRegionBytes - offsetof(RequestRegion, arena));
-    small_payloads_ = static_cast<std::byte*>(arena_.allocate_aligned(kRingSlots * kSmallPayloadBytes, 64));
+    small_payloads_ =
+        static_cast<std::byte*>(arena_.allocate_aligned(kRingSlots * kSmallPayloadBytes, 64));
   } catch (const boost::interprocess::interprocess_exception& error) {
     return fail(Errc::protocol, std::string("building the request arena: ") + error.what());
   }
@@ -187,13 +209,16 @@ Result<std::uint64_t> Session::post(wire::Opcode opcode) {
   const std::size_t bytes = builder_.GetSize();
   if (bytes > kPayloadBytesMax) {
     return fail(Errc::quota, "the request has " + std::to_string(bytes) + " bytes; the limit is " +
-                                 std::to_string(kPayloadBytesMax) + " (register the model in several modules)");
+                                 std::to_string(kPayloadBytesMax) +
+                                 " (register the model in several modules)");
   }
   if (requests_->position() - requests_->consumed() >= kRingSlots) {
     return fail(Errc::quota, "all " + std::to_string(kRingSlots) + " request slots are in flight");
   }
   std::byte* payload = allocate_payload(bytes);
-  if (payload == nullptr) return fail(Errc::quota, "the request region has no room for " + std::to_string(bytes) + " bytes");
+  if (payload == nullptr)
+    return fail(Errc::quota,
+                "the request region has no room for " + std::to_string(bytes) + " bytes");
   std::memcpy(payload, builder_.GetBufferPointer(), bytes);
 
   Descriptor descriptor;
@@ -213,12 +238,15 @@ Result<const wire::Reply*> Session::take(std::uint64_t request) {
   Descriptor descriptor;
   for (;;) {
     switch (replies_->peek(descriptor)) {
-      case RingConsumer::Peek::empty: return nullptr;
+      case RingConsumer::Peek::empty:
+        return nullptr;
       case RingConsumer::Peek::peer_broke_protocol:
         return fail(Errc::protocol, "the daemon's ring position is impossible");
-      case RingConsumer::Peek::message: break;
+      case RingConsumer::Peek::message:
+        break;
     }
-    if (descriptor.payload_bytes > kPayloadBytesMax || descriptor.payload_offset > kResponseRegionBytes ||
+    if (descriptor.payload_bytes > kPayloadBytesMax ||
+        descriptor.payload_offset > kResponseRegionBytes ||
         descriptor.payload_bytes > kResponseRegionBytes - descriptor.payload_offset) {
       return fail(Errc::protocol, "a reply lies outside the response region");
     }
@@ -238,7 +266,8 @@ Result<const wire::Reply*> Session::take(std::uint64_t request) {
   }
 }
 
-Result<const wire::Reply*> Session::await(std::uint64_t request, Deadline deadline, Expect expect, Pump* pump) {
+Result<const wire::Reply*> Session::await(std::uint64_t request, Deadline deadline, Expect expect,
+                                          Pump* pump) {
   bool may_spin = expect == Expect::brief && waiting_ == Waiting::adaptive;
   std::uint32_t reads = 0;
   for (;;) {
@@ -257,7 +286,8 @@ Result<const wire::Reply*> Session::await(std::uint64_t request, Deadline deadli
     const auto something = [&] { return !replies_->empty() || (pump != nullptr && pump->due()); };
     if (waiting_ == Waiting::always) {
       cpu_relax();
-      // A look at the clock and at the daemon's pulse every so often; the ring is read without any in between.
+      // A look at the clock and at the daemon's pulse every so often; the ring is read without any
+      // in between.
       constexpr std::uint32_t kReadsPerLook = 4096;
       if (++reads % kReadsPerLook == 0) {
         REFIT_TRY(check_alive());
@@ -281,16 +311,20 @@ Result<const wire::Reply*> Session::await(std::uint64_t request, Deadline deadli
     if (pump != nullptr) pump->append_fds(poll_fds_);
     const int count = ::poll(poll_fds_.data(), poll_fds_.size(), deadline.remaining_ms());
     if (count < 0 && errno != EINTR) return fail_os("poll", errno);
-    if (count == 0 && deadline.passed()) return fail(Errc::deadline, "no reply from the daemon in time");
+    if (count == 0 && deadline.passed())
+      return fail(Errc::deadline, "no reply from the daemon in time");
     if (count > 0) {
       if (poll_fds_[0].revents != 0) client_doorbell_.drain();
-      // A last reply may stand in the ring of a daemon that died: it is taken before the death is reported.
-      if ((poll_fds_[1].revents | poll_fds_[2].revents) != 0 && replies_->empty()) REFIT_TRY(check_alive());
+      // A last reply may stand in the ring of a daemon that died: it is taken before the death is
+      // reported.
+      if ((poll_fds_[1].revents | poll_fds_[2].revents) != 0 && replies_->empty())
+        REFIT_TRY(check_alive());
     }
   }
 }
 
-Result<const wire::Reply*> Session::call(wire::Opcode opcode, Deadline deadline, Expect expect, Pump* pump) {
+Result<const wire::Reply*> Session::call(wire::Opcode opcode, Deadline deadline, Expect expect,
+                                         Pump* pump) {
   REFIT_TRY_ASSIGN(const std::uint64_t request, post(opcode));
   return await(request, deadline, expect, pump);
 }
@@ -317,18 +351,22 @@ Result<void> Session::check_alive() {
   if (daemon_dead()) return fail(Errc::daemon_gone, "the daemon at " + socket_path_ + " died");
   ReceivedMessage message;
   switch (receive_message(socket_.get(), message)) {
-    case Receive::nothing_yet: return {};
+    case Receive::nothing_yet:
+      return {};
     case Receive::message:
       if (message.preamble.kind == static_cast<std::uint16_t>(SocketMessage::nak)) {
         const auto* nak = verified_root<wire::Nak>(message.body.data(), message.body.size());
         if (nak != nullptr) {
-          return fail(Errc::daemon_gone, "the daemon ended this session: " + std::string(errc_name(static_cast<Errc>(nak->code()))) +
-                                             ": " + std::string(view(nak->message())));
+          return fail(Errc::daemon_gone,
+                      "the daemon ended this session: " +
+                          std::string(errc_name(static_cast<Errc>(nak->code()))) + ": " +
+                          std::string(view(nak->message())));
         }
       }
       return {};
     case Receive::closed:
-    case Receive::peer_broke_protocol: break;
+    case Receive::peer_broke_protocol:
+      break;
   }
   return fail(Errc::daemon_gone, "the daemon at " + socket_path_ + " closed this session");
 }

@@ -1,7 +1,9 @@
-// Session: one client's connection to the daemon: handshake, request ring, replies, doorbells, death of the daemon.
+// Session: one client's connection to the daemon: handshake, request ring, replies, doorbells,
+// death of the daemon.
 //
-// One thread at a time. Stands under Trainer, Engine and Observer; knows no message but Hello, Welcome, Nak and Reply.
-// The payload arena lies in the request region and only this process touches its bookkeeping; the daemon sees bytes.
+// One thread at a time. Stands under Trainer, Engine and Observer; knows no message but Hello,
+// Welcome, Nak and Reply. The payload arena lies in the request region and only this process
+// touches its bookkeeping; the daemon sees bytes.
 #pragma once
 
 #include <poll.h>
@@ -25,7 +27,8 @@
 
 namespace refit {
 
-/// Work that a blocked call does for others on its thread: Trainer::refit pumps the gates of engines bound to it.
+/// Work that a blocked call does for others on its thread: Trainer::refit pumps the gates of
+/// engines bound to it.
 class Pump {
  public:
   virtual ~Pump() = default;
@@ -41,8 +44,8 @@ enum class Expect { brief, long_running };
 
 class Session {
  public:
-  static Result<std::unique_ptr<Session>> connect(Role role, const std::string& name, const ConnectOptions& options,
-                                                  Deadline deadline);
+  static Result<std::unique_ptr<Session>> connect(Role role, const std::string& name,
+                                                  const ConnectOptions& options, Deadline deadline);
 
   /// An empty builder for the next request; its buffer is reused.
   flatbuffers::FlatBufferBuilder& builder() {
@@ -50,15 +53,18 @@ class Session {
     return builder_;
   }
 
-  /// Publishes the builder's finished buffer as a request. Errors: quota (ring or arena full, payload too long).
+  /// Publishes the builder's finished buffer as a request. Errors: quota (ring or arena full,
+  /// payload too long).
   Result<std::uint64_t> post(wire::Opcode opcode);
 
-  /// Waits for the reply to `request` and returns its verified root, valid until the next call. A reply whose code is not
-  /// ok becomes that error. Replies to abandoned requests are dropped.
-  Result<const wire::Reply*> await(std::uint64_t request, Deadline deadline, Expect expect, Pump* pump = nullptr);
+  /// Waits for the reply to `request` and returns its verified root, valid until the next call. A
+  /// reply whose code is not ok becomes that error. Replies to abandoned requests are dropped.
+  Result<const wire::Reply*> await(std::uint64_t request, Deadline deadline, Expect expect,
+                                   Pump* pump = nullptr);
 
   /// post and await.
-  Result<const wire::Reply*> call(wire::Opcode opcode, Deadline deadline, Expect expect, Pump* pump = nullptr);
+  Result<const wire::Reply*> call(wire::Opcode opcode, Deadline deadline, Expect expect,
+                                  Pump* pump = nullptr);
 
   /// Sends `fd` to the daemon and returns the ticket that names it.
   Result<std::uint64_t> send_fd(int fd, Deadline deadline);
@@ -77,7 +83,8 @@ class Session {
 
   /// True once the daemon process is dead; only then may memory that it was writing be judged.
   [[nodiscard]] bool daemon_dead() const noexcept;
-  /// Errc::daemon_gone if the daemon is dead or has closed this session (with its reason, if it gave one).
+  /// Errc::daemon_gone if the daemon is dead or has closed this session (with its reason, if it
+  /// gave one).
   Result<void> check_alive();
 
  private:
@@ -105,7 +112,8 @@ class Session {
   std::unique_ptr<RingProducer> requests_;
   std::unique_ptr<RingConsumer> replies_;
   Arena arena_;
-  std::byte* small_payloads_ = nullptr;  ///< one fixed block per slot, so that small requests never search the arena
+  std::byte* small_payloads_ =
+      nullptr;  ///< one fixed block per slot, so that small requests never search the arena
 
   struct Outstanding {
     std::uint64_t position;

@@ -23,7 +23,8 @@ class Trainer::Impl {
     return {};
   }
 
-  Result<RefitReport> refit(const RefitTarget* targets, std::size_t count, Deadline deadline, const RefitOptions& options) {
+  Result<RefitReport> refit(const RefitTarget* targets, std::size_t count, Deadline deadline,
+                            const RefitOptions& options) {
     RefitReport report;
     report.transaction = options.transaction.is_zero() ? next_transaction() : options.transaction;
     auto& fbb = session_->builder();
@@ -31,20 +32,25 @@ class Trainer::Impl {
     for (std::size_t i = 0; i < count; ++i) target_offsets_.push_back(encode(fbb, targets[i]));
     const auto list = fbb.CreateVector(target_offsets_);
     const auto id = to_wire(report.transaction);
-    fbb.Finish(wire::CreateRefit(fbb, &id, list, wire::Staging::direct, options.reset_caches, daemon_budget_us(deadline)));
+    fbb.Finish(wire::CreateRefit(fbb, &id, list, wire::Staging::direct, options.reset_caches,
+                                 daemon_budget_us(deadline)));
 
     BoundEnginesPump pump;
-    // The last refit says what this one will cost: only one of a few microseconds is worth reading for.
+    // The last refit says what this one will cost: only one of a few microseconds is worth reading
+    // for.
     const Expect expect = last_copy_us_ < kBriefCopyUs ? Expect::brief : Expect::long_running;
-    REFIT_TRY_ASSIGN(const wire::Reply* reply, session_->call(wire::Opcode::refit, deadline, expect, &pump));
+    REFIT_TRY_ASSIGN(const wire::Reply* reply,
+                     session_->call(wire::Opcode::refit, deadline, expect, &pump));
     const auto* body = reply->body_as_Refitted();
-    if (body == nullptr || body->phases() == nullptr) return fail(Errc::protocol, "the daemon's reply is not a refit report");
+    if (body == nullptr || body->phases() == nullptr)
+      return fail(Errc::protocol, "the daemon's reply is not a refit report");
     report.version = body->version();
     report.bytes = body->bytes();
     report.tensors = body->tensors();
     report.guarantee = static_cast<Guarantee>(body->guarantee());
     const auto* phases = body->phases();
-    report.phases = {phases->wait(), phases->gate(), phases->copy(), phases->check(), phases->total()};
+    report.phases = {phases->wait(), phases->gate(), phases->copy(), phases->check(),
+                     phases->total()};
     report.replayed = body->replayed();
     last_copy_us_ = report.phases.copy_us;
     return report;
@@ -55,7 +61,8 @@ class Trainer::Impl {
  private:
   static constexpr float kBriefCopyUs = 50;
 
-  static flatbuffers::Offset<wire::Target> encode(flatbuffers::FlatBufferBuilder& fbb, const RefitTarget& target) {
+  static flatbuffers::Offset<wire::Target> encode(flatbuffers::FlatBufferBuilder& fbb,
+                                                  const RefitTarget& target) {
     const auto engine = fbb.CreateString(target.engine);
     const auto module = fbb.CreateString(target.module);
     const auto source = fbb.CreateString(target.source.empty() ? target.module : target.source);
@@ -82,7 +89,8 @@ Trainer::~Trainer() = default;
 Trainer::Trainer(Trainer&&) noexcept = default;
 Trainer& Trainer::operator=(Trainer&&) noexcept = default;
 
-Result<Trainer> Trainer::connect(const std::string& name, const ConnectOptions& options, Deadline deadline) {
+Result<Trainer> Trainer::connect(const std::string& name, const ConnectOptions& options,
+                                 Deadline deadline) {
   REFIT_TRY_ASSIGN(auto session, Session::connect(Role::trainer, name, options, deadline));
   return Trainer(std::make_unique<Impl>(std::move(session)));
 }
@@ -93,10 +101,12 @@ Result<void> Trainer::register_module(const ModuleSpec& module, Deadline deadlin
 Result<void> Trainer::unregister_module(const std::string& module, Deadline deadline) {
   return impl_->unregister_module(module, deadline);
 }
-Result<RefitReport> Trainer::refit_all(const std::vector<RefitTarget>& targets, Deadline deadline, const RefitOptions& options) {
+Result<RefitReport> Trainer::refit_all(const std::vector<RefitTarget>& targets, Deadline deadline,
+                                       const RefitOptions& options) {
   return impl_->refit(targets.data(), targets.size(), deadline, options);
 }
-Result<RefitReport> Trainer::refit(const RefitTarget& target, Deadline deadline, const RefitOptions& options) {
+Result<RefitReport> Trainer::refit(const RefitTarget& target, Deadline deadline,
+                                   const RefitOptions& options) {
   return impl_->refit(&target, 1, deadline, options);
 }
 Result<CheckReport> Trainer::check(const CheckRequest& request, Deadline deadline) {

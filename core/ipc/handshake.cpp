@@ -51,7 +51,8 @@ Receive receive_message(int socket, ReceivedMessage& out) {
     return errno == EAGAIN || errno == EWOULDBLOCK ? Receive::nothing_yet : Receive::closed;
   }
   // Own every fd that arrived before judging anything, so that a refused message leaks none.
-  for (cmsghdr* header = CMSG_FIRSTHDR(&message); header != nullptr; header = CMSG_NXTHDR(&message, header)) {
+  for (cmsghdr* header = CMSG_FIRSTHDR(&message); header != nullptr;
+       header = CMSG_NXTHDR(&message, header)) {
     if (header->cmsg_level != SOL_SOCKET || header->cmsg_type != SCM_RIGHTS) continue;
     const std::size_t count = (header->cmsg_len - CMSG_LEN(0)) / sizeof(int);
     for (std::size_t i = 0; i < count; ++i) {
@@ -62,7 +63,8 @@ Receive receive_message(int socket, ReceivedMessage& out) {
   }
   if (received == 0) return Receive::closed;
   const bool truncated = (message.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) != 0;
-  if (truncated || static_cast<std::size_t>(received) < sizeof(Preamble) || out.preamble.magic != kMagic) {
+  if (truncated || static_cast<std::size_t>(received) < sizeof(Preamble) ||
+      out.preamble.magic != kMagic) {
     out.fds.clear();
     return Receive::peer_broke_protocol;
   }

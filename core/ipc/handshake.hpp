@@ -1,7 +1,9 @@
-// The socket's part of the protocol: a fixed preamble that every release understands, then a FlatBuffer.
+// The socket's part of the protocol: a fixed preamble that every release understands, then a
+// FlatBuffer.
 //
-// SOCK_SEQPACKET keeps message and fd boundaries. The preamble never changes shape, so that a daemon can tell a client of
-// any version why it is refused. After the handshake the socket carries tickets (fds) only.
+// SOCK_SEQPACKET keeps message and fd boundaries. The preamble never changes shape, so that a
+// daemon can tell a client of any version why it is refused. After the handshake the socket carries
+// tickets (fds) only.
 #pragma once
 
 #include <cstddef>
@@ -38,7 +40,8 @@ enum WelcomeFd : std::size_t {
   kResponseRegionFd,
   kDaemonDoorbellFd,  ///< the client rings it
   kClientDoorbellFd,  ///< the daemon rings it
-  kDaemonPidfd,       ///< readable when the daemon is dead; SO_PEERCRED names systemd under socket activation
+  kDaemonPidfd,       ///< readable when the daemon is dead; SO_PEERCRED names systemd under socket
+                      ///< activation
   kWelcomeFdCount,
 };
 
@@ -51,14 +54,15 @@ struct ReceivedMessage {
   std::vector<UniqueFd> fds;
 };
 
-/// Sends one message; never blocks. Errors: Errc::os (EAGAIN when the peer does not read, EPIPE when it is gone).
+/// Sends one message; never blocks. Errors: Errc::os (EAGAIN when the peer does not read, EPIPE
+/// when it is gone).
 Result<void> send_message(int socket, SocketMessage kind, const void* body, std::size_t body_bytes,
                           const int* fds, std::size_t fd_count);
 
 enum class Receive { message, nothing_yet, closed, peer_broke_protocol };
 
-/// Receives one message; never blocks. A truncated message or truncated fds (MSG_CTRUNC), a short one and a wrong magic
-/// are peer_broke_protocol; fds that came with those are closed.
+/// Receives one message; never blocks. A truncated message or truncated fds (MSG_CTRUNC), a short
+/// one and a wrong magic are peer_broke_protocol; fds that came with those are closed.
 Receive receive_message(int socket, ReceivedMessage& out);
 
 }  // namespace refit

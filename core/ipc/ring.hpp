@@ -1,8 +1,9 @@
 // The ring: single producer, single consumer, fixed-size descriptors, 64-bit absolute positions.
 //
-// One instance of each class per direction and process; each belongs to one thread. Positions never wrap in practice, so
-// there is no ABA; one store of the position publishes. The peer's position is read once per call and checked: a value
-// that the protocol cannot produce is reported and never used.
+// One instance of each class per direction and process; each belongs to one thread. Positions never
+// wrap in practice, so there is no ABA; one store of the position publishes. The peer's position is
+// read once per call and checked: a value that the protocol cannot produce is reported and never
+// used.
 #pragma once
 
 #include <atomic>
@@ -67,7 +68,9 @@ class RingConsumer {
   [[nodiscard]] bool empty() const noexcept { return tail_->load() == position_; }
 
   /// Gives the slot and its payload back to the producer.
-  void advance() noexcept { head_->store(++position_); }  // pairs with the load in RingProducer::push
+  void advance() noexcept {
+    head_->store(++position_);
+  }  // pairs with the load in RingProducer::push
 
  private:
   const std::atomic<std::uint64_t>* tail_;

@@ -36,13 +36,16 @@ struct BorrowedFd {
 /// Reserves address space of exactly `bytes` at a 2 MiB boundary; nullptr on failure.
 void* reserve_aligned(std::size_t bytes) noexcept {
   const std::size_t padded = bytes + kHugePageBytes;
-  void* base = ::mmap(nullptr, padded, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* base =
+      ::mmap(nullptr, padded, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (base == MAP_FAILED) return nullptr;
   const auto start = reinterpret_cast<std::uintptr_t>(base);
-  const std::uintptr_t aligned = (start + kHugePageBytes - 1) & ~(std::uintptr_t{kHugePageBytes} - 1);
+  const std::uintptr_t aligned =
+      (start + kHugePageBytes - 1) & ~(std::uintptr_t{kHugePageBytes} - 1);
   if (aligned > start) ::munmap(base, aligned - start);
   const std::uintptr_t end = start + padded;
-  if (end > aligned + bytes) ::munmap(reinterpret_cast<void*>(aligned + bytes), end - aligned - bytes);
+  if (end > aligned + bytes)
+    ::munmap(reinterpret_cast<void*>(aligned + bytes), end - aligned - bytes);
   return reinterpret_cast<void*>(aligned);
 }
 
@@ -57,16 +60,18 @@ Result<Mapping> Mapping::map(int fd, std::size_t bytes, Access access, const std
   if (address == nullptr) return fail_os(label + ": reserving address space", errno);
   try {
     Mapping mapping;
-    // MAP_FIXED replaces our own reservation and nothing else; from here the region owns exactly that range.
+    // MAP_FIXED replaces our own reservation and nothing else; from here the region owns exactly
+    // that range.
     mapping.region_ = bip::mapped_region(
-        BorrowedFd{fd}, access == Access::read_only ? bip::read_only : bip::read_write, 0, bytes, address,
-        MAP_SHARED | MAP_FIXED);
+        BorrowedFd{fd}, access == Access::read_only ? bip::read_only : bip::read_write, 0, bytes,
+        address, MAP_SHARED | MAP_FIXED);
     // Tensor contents are user data; a crash report must not carry them.
     ::madvise(address, rounded, MADV_DONTDUMP);
     return mapping;
   } catch (const bip::interprocess_exception& error) {
     ::munmap(address, rounded);
-    return fail_os(label + ": mapping " + std::to_string(bytes) + " bytes", error.get_native_error());
+    return fail_os(label + ": mapping " + std::to_string(bytes) + " bytes",
+                   error.get_native_error());
   }
 }
 
@@ -87,9 +92,11 @@ Result<void> back_with_memory(int fd, std::size_t bytes, const std::string& labe
 
 void collapse_to_huge_pages(const Mapping& mapping) noexcept {
   ::madvise(mapping.data(), mapping.bytes(), MADV_HUGEPAGE);
-  // A range without any page is refused (EINVAL), a range full of small pages is copied at 3 s a GiB (measured, Linux
-  // 6.18); one page in each 2 MiB makes the kernel fill the rest with zeros at 0.05 s a GiB.
-  for (std::size_t offset = 0; offset + kHugePageBytes <= mapping.bytes(); offset += kHugePageBytes) {
+  // A range without any page is refused (EINVAL), a range full of small pages is copied at 3 s a
+  // GiB (measured, Linux 6.18); one page in each 2 MiB makes the kernel fill the rest with zeros at
+  // 0.05 s a GiB.
+  for (std::size_t offset = 0; offset + kHugePageBytes <= mapping.bytes();
+       offset += kHugePageBytes) {
     std::byte* start = mapping.data() + offset;
     if (::madvise(start, 1, MADV_POPULATE_WRITE) != 0) return;
     ::madvise(start, kHugePageBytes, MADV_COLLAPSE);
@@ -114,10 +121,13 @@ Result<MemfdInfo> inspect_memfd(int fd, const std::string& label) {
   struct statfs filesystem {};
   if (::fstatfs(fd, &filesystem) != 0) return fail_os(label + ": fstatfs", errno);
   if (filesystem.f_type != TMPFS_MAGIC) {
-    return fail(Errc::bad_region, label + ": the fd is not on tmpfs; use a memfd (refit::SharedMemory)");
+    return fail(Errc::bad_region,
+                label + ": the fd is not on tmpfs; use a memfd (refit::SharedMemory)");
   }
   const int seals = ::fcntl(fd, F_GET_SEALS);
-  if (seals < 0) return fail(Errc::bad_region, label + ": the fd cannot be sealed; use a memfd (refit::SharedMemory)");
+  if (seals < 0)
+    return fail(Errc::bad_region,
+                label + ": the fd cannot be sealed; use a memfd (refit::SharedMemory)");
   MemfdInfo info;
   info.bytes = static_cast<std::uint64_t>(status.st_size);
   info.device = status.st_dev;
@@ -128,7 +138,8 @@ Result<MemfdInfo> inspect_memfd(int fd, const std::string& label) {
 
 Result<void> populate(const Mapping& mapping, Access access, const std::string& label) {
   const int advice = access == Access::read_only ? MADV_POPULATE_READ : MADV_POPULATE_WRITE;
-  // In steps, so that a signal that interrupts one costs little, and a huge region does not hold the mmap lock for long.
+  // In steps, so that a signal that interrupts one costs little, and a huge region does not hold
+  // the mmap lock for long.
   constexpr std::size_t kStepBytes = std::size_t{256} << 20;
   for (std::size_t offset = 0; offset < mapping.bytes();) {
     const std::size_t step = std::min(kStepBytes, mapping.bytes() - offset);

@@ -1,7 +1,9 @@
-// Sealed memfd segments and their mappings: what a session's regions and shared tensors are made of.
+// Sealed memfd segments and their mappings: what a session's regions and shared tensors are made
+// of.
 //
-// No thread of its own. Mappings are Boost.Interprocess mapped_regions over the memfd, placed at 2 MiB boundaries so that
-// huge pages can back them. A memfd has no name to leak and its SHRINK seal makes truncation impossible.
+// No thread of its own. Mappings are Boost.Interprocess mapped_regions over the memfd, placed at 2
+// MiB boundaries so that huge pages can back them. A memfd has no name to leak and its SHRINK seal
+// makes truncation impossible.
 #pragma once
 
 #include <boost/interprocess/mapped_region.hpp>
@@ -18,14 +20,17 @@ inline constexpr std::size_t kHugePageBytes = std::size_t{2} << 20;
 
 enum class Access { read_only, read_write };
 
-/// A mapped range of a memfd, page aligned, 2 MiB aligned where it is that large. Left out of core dumps.
+/// A mapped range of a memfd, page aligned, 2 MiB aligned where it is that large. Left out of core
+/// dumps.
 class Mapping {
  public:
   Mapping() = default;
   /// Maps [0, bytes) of `fd`, which may be closed afterwards. `label` names the object in errors.
   static Result<Mapping> map(int fd, std::size_t bytes, Access access, const std::string& label);
 
-  [[nodiscard]] std::byte* data() const noexcept { return static_cast<std::byte*>(region_.get_address()); }
+  [[nodiscard]] std::byte* data() const noexcept {
+    return static_cast<std::byte*>(region_.get_address());
+  }
   [[nodiscard]] std::size_t bytes() const noexcept { return region_.get_size(); }
 
  private:
@@ -35,11 +40,12 @@ class Mapping {
 /// Makes a memfd of `bytes` without seals and without pages.
 Result<UniqueFd> make_memfd(const std::string& label, std::size_t bytes);
 
-/// Gives every page of a memfd its memory now, so that exhaustion is ENOSPC here and not a SIGBUS later.
+/// Gives every page of a memfd its memory now, so that exhaustion is ENOSPC here and not a SIGBUS
+/// later.
 Result<void> back_with_memory(int fd, std::size_t bytes, const std::string& label);
 
-/// Asks for huge pages under a fresh, empty, 2 MiB aligned mapping. Only a wish: a host that grants none populates more
-/// slowly and is otherwise the same.
+/// Asks for huge pages under a fresh, empty, 2 MiB aligned mapping. Only a wish: a host that grants
+/// none populates more slowly and is otherwise the same.
 void collapse_to_huge_pages(const Mapping& mapping) noexcept;
 
 /// Adds seals; F_SEAL_* of fcntl(2).
@@ -53,11 +59,13 @@ struct MemfdInfo {
   int seals = 0;
 };
 
-/// Checks that `fd` is an unlinked-or-not regular file on tmpfs that can be sealed, and reads its seals: Errc::bad_region
-/// naming what it is instead. Only fstat, fstatfs and fcntl, which cannot block on a foreign filesystem.
+/// Checks that `fd` is an unlinked-or-not regular file on tmpfs that can be sealed, and reads its
+/// seals: Errc::bad_region naming what it is instead. Only fstat, fstatfs and fcntl, which cannot
+/// block on a foreign filesystem.
 Result<MemfdInfo> inspect_memfd(int fd, const std::string& label);
 
-/// Faults in all pages now: MADV_POPULATE_WRITE or _READ by `access`. Blocks for as long as that takes.
+/// Faults in all pages now: MADV_POPULATE_WRITE or _READ by `access`. Blocks for as long as that
+/// takes.
 Result<void> populate(const Mapping& mapping, Access access, const std::string& label);
 
 }  // namespace refit

@@ -1,9 +1,11 @@
-// The two memory regions of a session, as both peers see them: plain data, fixed offsets, no pointers.
+// The two memory regions of a session, as both peers see them: plain data, fixed offsets, no
+// pointers.
 //
-// The client writes the request region, the daemon writes the response region, and each consumer's cursor stands in the
-// region that it writes, so that neither peer ever needs to write where the other does. All shared words are 64-bit or
-// 32-bit lock-free atomics, used sequentially consistent (TSan does not model fences). kLayoutHash covers every offset
-// and size; peers with another hash are refused at the handshake.
+// The client writes the request region, the daemon writes the response region, and each consumer's
+// cursor stands in the region that it writes, so that neither peer ever needs to write where the
+// other does. All shared words are 64-bit or 32-bit lock-free atomics, used sequentially consistent
+// (TSan does not model fences). kLayoutHash covers every offset and size; peers with another hash
+// are refused at the handshake.
 #pragma once
 
 #include <atomic>
@@ -40,7 +42,8 @@ struct ModuleRecord {
   std::atomic<std::uint64_t> reserved;
 };
 
-/// The state word of one module and the two records that it switches between (see ipc/state_word.hpp).
+/// The state word of one module and the two records that it switches between (see
+/// ipc/state_word.hpp).
 struct alignas(128) ModuleBlock {
   std::atomic<std::uint64_t> word;
   std::uint64_t reserved[7];
@@ -50,7 +53,8 @@ struct alignas(128) ModuleBlock {
 struct RequestRegion {
   alignas(64) std::atomic<std::uint64_t> request_tail;   ///< client's producer position
   alignas(64) std::atomic<std::uint64_t> response_head;  ///< client's consumer position
-  alignas(64) std::atomic<std::uint32_t> client_awake;   ///< 1: the client reads by itself, no doorbell needed
+  alignas(64) std::atomic<std::uint32_t> client_awake;   ///< 1: the client reads by itself, no
+                                                         ///< doorbell needed
   alignas(64) std::atomic<std::uint64_t> gate_answer;    ///< engine: {epoch, ready | withdrawn}
   alignas(64) Descriptor requests[kRingSlots];
   alignas(4096) std::byte arena[1];  ///< the rest of the region
@@ -59,8 +63,10 @@ struct RequestRegion {
 struct ResponseRegion {
   alignas(64) std::atomic<std::uint64_t> response_tail;  ///< daemon's producer position
   alignas(64) std::atomic<std::uint64_t> request_head;   ///< daemon's consumer position
-  alignas(64) std::atomic<std::uint32_t> daemon_awake;   ///< 1: the daemon reads by itself, no doorbell needed
-  alignas(64) std::atomic<std::uint64_t> gate;           ///< engine: {epoch, flags, closed | prepare | released}
+  alignas(64) std::atomic<std::uint32_t> daemon_awake;   ///< 1: the daemon reads by itself, no
+                                                         ///< doorbell needed
+  alignas(
+      64) std::atomic<std::uint64_t> gate;  ///< engine: {epoch, flags, closed | prepare | released}
   alignas(128) ModuleBlock modules[kModulesMax];
   alignas(64) Descriptor responses[kRingSlots];
   alignas(4096) std::byte payload[1];  ///< the rest of the region
@@ -85,15 +91,17 @@ constexpr std::uint64_t mix_all(Values... values) noexcept {
 /// FNV-1a over every offsetof and sizeof above. Golden in tests/unit/ipc/shared_layout_test.cpp.
 inline constexpr std::uint64_t kLayoutHash = detail::mix_all(
     kRingSlots, kModulesMax, kRequestRegionBytes, kResponseRegionBytes, sizeof(Descriptor),
-    offsetof(Descriptor, opcode), offsetof(Descriptor, payload_bytes), offsetof(Descriptor, request_id),
-    offsetof(Descriptor, payload_offset), offsetof(Descriptor, payload_xxh3), sizeof(ModuleRecord),
+    offsetof(Descriptor, opcode), offsetof(Descriptor, payload_bytes),
+    offsetof(Descriptor, request_id), offsetof(Descriptor, payload_offset),
+    offsetof(Descriptor, payload_xxh3), sizeof(ModuleRecord),
     offsetof(ModuleRecord, transaction_high), offsetof(ModuleRecord, transaction_low),
     offsetof(ModuleRecord, version), sizeof(ModuleBlock), offsetof(ModuleBlock, word),
     offsetof(ModuleBlock, records), sizeof(RequestRegion), offsetof(RequestRegion, request_tail),
     offsetof(RequestRegion, response_head), offsetof(RequestRegion, client_awake),
-    offsetof(RequestRegion, gate_answer), offsetof(RequestRegion, requests), offsetof(RequestRegion, arena),
-    sizeof(ResponseRegion), offsetof(ResponseRegion, response_tail), offsetof(ResponseRegion, request_head),
-    offsetof(ResponseRegion, daemon_awake), offsetof(ResponseRegion, gate), offsetof(ResponseRegion, modules),
+    offsetof(RequestRegion, gate_answer), offsetof(RequestRegion, requests),
+    offsetof(RequestRegion, arena), sizeof(ResponseRegion), offsetof(ResponseRegion, response_tail),
+    offsetof(ResponseRegion, request_head), offsetof(ResponseRegion, daemon_awake),
+    offsetof(ResponseRegion, gate), offsetof(ResponseRegion, modules),
     offsetof(ResponseRegion, responses), offsetof(ResponseRegion, payload));
 
 }  // namespace refit

@@ -1,9 +1,11 @@
-// The state word of a module and the two gate words of an engine: the whole agreement on when bytes may change.
+// The state word of a module and the two gate words of an engine: the whole agreement on when bytes
+// may change.
 //
-// The daemon writes ModuleBlocks and the gate word (response region), the engine writes its answer (request region);
-// either reads the other's. All operations are sequentially consistent: before `writing` each side stores its own word
-// and then loads the other's, so at least one of a withdrawing engine and a writing daemon sees the other and steps back.
-// Pure: no syscall, no clock, so the simulation runs this very code.
+// The daemon writes ModuleBlocks and the gate word (response region), the engine writes its answer
+// (request region); either reads the other's. All operations are sequentially consistent: before
+// `writing` each side stores its own word and then loads the other's, so at least one of a
+// withdrawing engine and a writing daemon sees the other and steps back. Pure: no syscall, no
+// clock, so the simulation runs this very code.
 #pragma once
 
 #include <cstdint>
@@ -35,8 +37,8 @@ struct ModuleReading {
   std::uint64_t version = 0;
 };
 
-/// Reader's side. A record is rewritten only while the word points at the other one, so a word that is the same before and
-/// after vouches for the record between.
+/// Reader's side. A record is rewritten only while the word points at the other one, so a word that
+/// is the same before and after vouches for the record between.
 inline ModuleReading read_module(const ModuleBlock& block) noexcept {
   for (;;) {
     const std::uint64_t before = block.word.load();
@@ -49,9 +51,11 @@ inline ModuleReading read_module(const ModuleBlock& block) noexcept {
   }
 }
 
-/// Writer's side (daemon only): fills the record that the current word does not use and returns the word that names it.
+/// Writer's side (daemon only): fills the record that the current word does not use and returns the
+/// word that names it.
 inline ModuleWord fill_next_record(ModuleBlock& block, std::uint64_t epoch, ModuleState state,
-                                   const TransactionId& transaction, std::uint64_t version) noexcept {
+                                   const TransactionId& transaction,
+                                   std::uint64_t version) noexcept {
   const ModuleWord current = ModuleWord::unpack(block.word.load());
   const auto next = static_cast<std::uint8_t>(current.record ^ 1);
   ModuleRecord& record = block.records[next];
@@ -62,15 +66,17 @@ inline ModuleWord fill_next_record(ModuleBlock& block, std::uint64_t epoch, Modu
 }
 
 enum class GateState : std::uint8_t {
-  closed = 0,    ///< nothing is asked
-  prepare = 1,   ///< the engine shall stop between two steps and answer ready
-  released = 2,  ///< the engine may go on; what was committed stands in the state words with this epoch
+  closed = 0,   ///< nothing is asked
+  prepare = 1,  ///< the engine shall stop between two steps and answer ready
+  released =
+      2,  ///< the engine may go on; what was committed stands in the state words with this epoch
 };
 
 /// {epoch:48, flags:8, state:8} of the daemon.
 struct GateWord {
-  static constexpr std::uint8_t kLongCopy = 1;     ///< the copy takes long: block at once, do not spin
-  static constexpr std::uint8_t kResetCaches = 2;  ///< the engine shall drop what it derived from the old weights
+  static constexpr std::uint8_t kLongCopy = 1;  ///< the copy takes long: block at once, do not spin
+  static constexpr std::uint8_t kResetCaches =
+      2;  ///< the engine shall drop what it derived from the old weights
 
   std::uint64_t epoch = 0;
   std::uint8_t flags = 0;
@@ -86,7 +92,8 @@ struct GateWord {
 
 enum class AnswerState : std::uint8_t { none = 0, ready = 1, withdrawn = 2 };
 
-/// {epoch:48, zero:8, state:8} of the engine. One of another epoch than the one asked means nothing.
+/// {epoch:48, zero:8, state:8} of the engine. One of another epoch than the one asked means
+/// nothing.
 struct AnswerWord {
   std::uint64_t epoch = 0;
   AnswerState state = AnswerState::none;

@@ -1,8 +1,9 @@
 // How long a side reads a shared word before it blocks.
 //
-// No spin time wins everywhere: a spinner on a host with few cores holds the one that its peer needs. `adaptive`
-// therefore spends a few microseconds, gives the core away while it does, and is used only where the awaited work is
-// known to be that short; waits that span a copy or a check block at once.
+// No spin time wins everywhere: a spinner on a host with few cores holds the one that its peer
+// needs. `adaptive` therefore spends a few microseconds, gives the core away while it does, and is
+// used only where the awaited work is known to be that short; waits that span a copy or a check
+// block at once.
 #pragma once
 
 #include <sched.h>
@@ -24,8 +25,8 @@ inline void cpu_relax() noexcept {
 #endif
 }
 
-/// Reads `ready` until it is true or the adaptive budget is spent; returns what it last said. Yields the core every few
-/// reads, so that a peer which was just woken on it can run.
+/// Reads `ready` until it is true or the adaptive budget is spent; returns what it last said.
+/// Yields the core every few reads, so that a peer which was just woken on it can run.
 template <typename Ready>
 bool spin_briefly(Ready&& ready) {
   constexpr int kReadsPerYield = 32;

@@ -1,6 +1,8 @@
-// FlatBuffers at the trust boundary: verification with tight limits, and the small helpers both sides share.
+// FlatBuffers at the trust boundary: verification with tight limits, and the small helpers both
+// sides share.
 //
-// A payload is always private memory here: whoever calls has copied it out of what the peer can write.
+// A payload is always private memory here: whoever calls has copied it out of what the peer can
+// write.
 #pragma once
 
 #include <flatbuffers/flatbuffers.h>
@@ -14,11 +16,13 @@
 
 namespace refit {
 
-/// The deepest table in the schema is Reply -> body -> element -> string; tables are bounded by the largest manifest.
+/// The deepest table in the schema is Reply -> body -> element -> string; tables are bounded by the
+/// largest manifest.
 inline constexpr flatbuffers::uoffset_t kVerifyDepthMax = 6;
 inline constexpr flatbuffers::uoffset_t kVerifyTablesMax = 200'000;
 
-/// The verified root of `data`, or nullptr. FlatBuffers' own size assertion is kept out of reach by the bound before it.
+/// The verified root of `data`, or nullptr. FlatBuffers' own size assertion is kept out of reach by
+/// the bound before it.
 template <typename Root>
 const Root* verified_root(const void* data, std::size_t bytes) {
   if (bytes < 8 || bytes >= FLATBUFFERS_MAX_BUFFER_SIZE) return nullptr;

@@ -21,8 +21,8 @@ namespace refit::daemon {
 namespace {
 
 // Bytes of names times instructions of patterns: what matching may cost at worst. The largest real
-// manifest needs some 1e8, which is milliseconds; patterns made to be slow took about 1 ns a unit.
-constexpr std::uint64_t kMatchWorkMax = std::uint64_t{1} << 31;
+// manifest needs 1.3e7, which is a millisecond; patterns made to be slow take one or two ns a unit.
+constexpr std::uint64_t kMatchWorkMax = std::uint64_t{1} << 27;
 
 std::string number(std::uint64_t value) { return std::to_string(value); }
 

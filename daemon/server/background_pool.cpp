@@ -7,10 +7,12 @@
 
 namespace refit::daemon {
 
-BackgroundPool::BackgroundPool(unsigned threads, CompletionQueue& completions) : completions_(completions) {
+BackgroundPool::BackgroundPool(unsigned threads, CompletionQueue& completions)
+    : completions_(completions) {
   for (unsigned i = 0; i < std::max(1U, threads); ++i) {
     threads_.emplace_back([this] { serve(); });
-    ::pthread_setname_np(threads_.back().native_handle(), ("refit-back-" + std::to_string(i)).c_str());
+    ::pthread_setname_np(threads_.back().native_handle(),
+                         ("refit-back-" + std::to_string(i)).c_str());
   }
 }
 

@@ -1,8 +1,8 @@
-// BackgroundPool: threads for what may take long and must never hold the loop: populating pages, hashing, closing fds that
-// came from a client.
+// BackgroundPool: threads for what may take long and must never hold the loop: populating pages,
+// hashing, closing fds that came from a client.
 //
-// submit: the loop thread. Parts run on pool threads, several at once; `finished` runs on the loop thread through the
-// completion queue.
+// submit: the loop thread. Parts run on pool threads, several at once; `finished` runs on the loop
+// thread through the completion queue.
 #pragma once
 
 #include <condition_variable>

@@ -54,7 +54,8 @@ class Checker::CheckOperation final : public Operation {
   ModuleReading reading;
 };
 
-/// Hashes on pool threads. Part 0 is the module's serial stream, if asked for; the largest tensors come next.
+/// Hashes on pool threads. Part 0 is the module's serial stream, if asked for; the largest tensors
+/// come next.
 class Checker::HashJob final : public BackgroundJob {
  public:
   static std::unique_ptr<HashJob> make(CheckOperation& operation) {
@@ -70,7 +71,8 @@ class Checker::HashJob final : public BackgroundJob {
         begins.push_back(i);
         bytes = 0;
       }
-      bytes += bytes_of(*operation.tensors[order[i]].spec) + 4096;  // each tensor also costs its own start
+      bytes += bytes_of(*operation.tensors[order[i]].spec) +
+               4096;  // each tensor also costs its own start
     }
     return std::unique_ptr<HashJob>(new HashJob(operation, std::move(order), std::move(begins)));
   }
@@ -85,7 +87,8 @@ class Checker::HashJob final : public BackgroundJob {
     for (std::size_t i = begins_[part]; i < end; ++i) {
       const std::uint32_t index = order_[i];
       Digest digest;
-      const bool whole = guarded([&] { digest = digest_tensor(hasher, operation_.kind, operation_.tensors[index]); });
+      const bool whole = guarded(
+          [&] { digest = digest_tensor(hasher, operation_.kind, operation_.tensors[index]); });
       if (!whole) {
         // The hasher was left in the middle of a stream.
         faulted_.store(true);
@@ -98,12 +101,14 @@ class Checker::HashJob final : public BackgroundJob {
   void finished() override { operation_.owner.finish(operation_, faulted_.load()); }
 
  private:
-  HashJob(CheckOperation& operation, std::vector<std::uint32_t> order, std::vector<std::uint32_t> begins)
+  HashJob(CheckOperation& operation, std::vector<std::uint32_t> order,
+          std::vector<std::uint32_t> begins)
       : BackgroundJob(begins.size() + (operation.per_module ? 1 : 0)),
         operation_(operation),
         order_(std::move(order)),
         begins_(std::move(begins)) {
-    for (const Mapping& mapping : operation_.registration->regions) ranges_.push_back({mapping.data(), mapping.bytes()});
+    for (const Mapping& mapping : operation_.registration->regions)
+      ranges_.push_back({mapping.data(), mapping.bytes()});
   }
 
   template <typename Body>
@@ -114,7 +119,8 @@ class Checker::HashJob final : public BackgroundJob {
   void hash_module() {
     Hasher hasher(operation_.kind);
     std::vector<TensorView> sorted = operation_.tensors;
-    std::sort(sorted.begin(), sorted.end(), [](const TensorView& a, const TensorView& b) { return a.spec->name < b.spec->name; });
+    std::sort(sorted.begin(), sorted.end(),
+              [](const TensorView& a, const TensorView& b) { return a.spec->name < b.spec->name; });
     for (const TensorView& tensor : sorted) {
       hasher.update(tensor.spec->name);
       if (!guarded([&] { update_with_elements(hasher, tensor); })) {
@@ -132,15 +138,16 @@ class Checker::HashJob final : public BackgroundJob {
   std::atomic<bool> faulted_{false};
 };
 
-Checker::Checker(Registry& registry, Scheduler& scheduler, Replies& replies, BackgroundPool& background)
+Checker::Checker(Registry& registry, Scheduler& scheduler, Replies& replies,
+                 BackgroundPool& background)
     : registry_(registry), scheduler_(scheduler), replies_(replies), background_(background) {}
 
 Checker::~Checker() = default;
 
-Result<std::unique_ptr<Checker::CheckOperation>> Checker::prepare(Session& asker, std::uint64_t request_id,
-                                                                  std::string_view engine_name, std::string_view module_name,
-                                                                  std::uint8_t kind, std::uint64_t deadline_us,
-                                                                  Clock::time_point now) {
+Result<std::unique_ptr<Checker::CheckOperation>> Checker::prepare(
+    Session& asker, std::uint64_t request_id, std::string_view engine_name,
+    std::string_view module_name, std::uint8_t kind, std::uint64_t deadline_us,
+    Clock::time_point now) {
   REFIT_TRY_ASSIGN(auto engine, registry_.engine_for(asker, engine_name));
   REFIT_TRY_ASSIGN(auto module, registry_.module_of(*engine, module_name));
   if (kind > static_cast<std::uint8_t>(DigestKind::xxh3)) {
@@ -170,24 +177,33 @@ void Checker::admit(std::unique_ptr<CheckOperation> operation) {
   scheduler_.enqueue(admitted);
 }
 
-void Checker::begin_check(Session& asker, std::uint64_t request_id, const wire::Check& message, Clock::time_point now) {
-  auto prepared = prepare(asker, request_id, view(message.engine()), view(message.module_name()), message.kind(), message.deadline_us(), now);
+void Checker::begin_check(Session& asker, std::uint64_t request_id, const wire::Check& message,
+                          Clock::time_point now) {
+  auto prepared = prepare(asker, request_id, view(message.engine()), view(message.module_name()),
+                          message.kind(), message.deadline_us(), now);
   if (!prepared) return replies_.send_error(asker, request_id, prepared.error());
   CheckOperation& operation = **prepared;
   if (operation.kind == DigestKind::xxh3) {
-    return replies_.send_error(asker, request_id,
-                               {Errc::bad_argument, 0, "a check needs SHA-256 (sglang or raw); XXH3 proves nothing", {}});
+    return replies_.send_error(
+        asker, request_id,
+        {Errc::bad_argument, 0, "a check needs SHA-256 (sglang or raw); XXH3 proves nothing", {}});
   }
   if (message.expected() == nullptr || message.expected()->size() == 0) {
-    return replies_.send_error(asker, request_id, {Errc::bad_argument, 0, "a check needs at least one expected digest", {}});
+    return replies_.send_error(
+        asker, request_id,
+        {Errc::bad_argument, 0, "a check needs at least one expected digest", {}});
   }
   operation.is_check = true;
   std::vector<std::string_view> seen;
   for (const auto* entry : *message.expected()) {
     const std::string_view name = view(entry->name());
     if (entry->value() == nullptr || entry->value()->size() != 32) {
-      return replies_.send_error(asker, request_id,
-                                 {Errc::bad_argument, 0, "the expected digest of " + std::string(name) + " has not 32 bytes", {}});
+      return replies_.send_error(
+          asker, request_id,
+          {Errc::bad_argument,
+           0,
+           "the expected digest of " + std::string(name) + " has not 32 bytes",
+           {}});
     }
     seen.push_back(name);
     const TensorSpec* spec = operation.registration->manifest->find(name);
@@ -203,14 +219,18 @@ void Checker::begin_check(Session& asker, std::uint64_t request_id, const wire::
   }
   std::sort(seen.begin(), seen.end());
   if (const auto twice = std::adjacent_find(seen.begin(), seen.end()); twice != seen.end()) {
-    return replies_.send_error(asker, request_id, {Errc::bad_argument, 0, "tensor " + std::string(*twice) + " is expected twice", {}});
+    return replies_.send_error(
+        asker, request_id,
+        {Errc::bad_argument, 0, "tensor " + std::string(*twice) + " is expected twice", {}});
   }
   std::sort(operation.missing.begin(), operation.missing.end());
   admit(std::move(*prepared));
 }
 
-void Checker::begin_digest(Session& asker, std::uint64_t request_id, const wire::DigestQuery& message, Clock::time_point now) {
-  auto prepared = prepare(asker, request_id, view(message.engine()), view(message.module_name()), message.kind(), message.deadline_us(), now);
+void Checker::begin_digest(Session& asker, std::uint64_t request_id,
+                           const wire::DigestQuery& message, Clock::time_point now) {
+  auto prepared = prepare(asker, request_id, view(message.engine()), view(message.module_name()),
+                          message.kind(), message.deadline_us(), now);
   if (!prepared) return replies_.send_error(asker, request_id, prepared.error());
   CheckOperation& operation = **prepared;
   const Manifest& manifest = *operation.registration->manifest;
@@ -229,8 +249,10 @@ void Checker::begin_digest(Session& asker, std::uint64_t request_id, const wire:
     }
     if (!unknown.empty()) {
       std::sort(unknown.begin(), unknown.end());
-      return replies_.send_error(asker, request_id, {Errc::manifest_mismatch, 0,
-                                                     std::to_string(unknown.size()) + " selected tensors do not exist", std::move(unknown)});
+      return replies_.send_error(
+          asker, request_id,
+          {Errc::manifest_mismatch, 0,
+           std::to_string(unknown.size()) + " selected tensors do not exist", std::move(unknown)});
     }
   }
   std::sort(operation.tensors.begin(), operation.tensors.end(),
@@ -248,7 +270,11 @@ void Checker::finish(CheckOperation& operation, bool faulted) {
   if (const auto asker = registry_.find(operation.session_id)) {
     if (faulted) {
       replies_.send_error(*asker, operation.request_id,
-                          {Errc::memory_fault, 0, operation.registration->manifest->label() + ": the engine's memory faulted (SIGBUS) while it was hashed", {}});
+                          {Errc::memory_fault,
+                           0,
+                           operation.registration->manifest->label() +
+                               ": the engine's memory faulted (SIGBUS) while it was hashed",
+                           {}});
     } else if (operation.is_check) {
       reply_check(*asker, operation);
     } else {
@@ -262,16 +288,20 @@ void Checker::finish(CheckOperation& operation, bool faulted) {
 void Checker::reply_check(Session& asker, const CheckOperation& operation) {
   std::vector<std::string> mismatched;
   for (std::size_t i = 0; i < operation.tensors.size(); ++i) {
-    if (operation.digests[i] != operation.expected[i]) mismatched.push_back(operation.tensors[i].spec->name);
+    if (operation.digests[i] != operation.expected[i])
+      mismatched.push_back(operation.tensors[i].spec->name);
   }
   std::sort(mismatched.begin(), mismatched.end());
   auto& fbb = replies_.builder();
   const auto missing_list = fbb.CreateVectorOfStrings(operation.missing);
   const auto mismatched_list = fbb.CreateVectorOfStrings(mismatched);
-  replies_.send(asker, operation.request_id, wire::Body::Checked,
-                wire::CreateChecked(fbb, static_cast<std::uint32_t>(operation.tensors.size() - mismatched.size()), missing_list,
-                                    mismatched_list, static_cast<std::uint8_t>(operation.reading.word.state), operation.reading.version)
-                    .Union());
+  replies_.send(
+      asker, operation.request_id, wire::Body::Checked,
+      wire::CreateChecked(
+          fbb, static_cast<std::uint32_t>(operation.tensors.size() - mismatched.size()),
+          missing_list, mismatched_list, static_cast<std::uint8_t>(operation.reading.word.state),
+          operation.reading.version)
+          .Union());
 }
 
 void Checker::reply_digest(Session& asker, const CheckOperation& operation) {
@@ -280,18 +310,23 @@ void Checker::reply_digest(Session& asker, const CheckOperation& operation) {
   list.reserve(operation.tensors.size());
   for (std::size_t i = 0; i < operation.tensors.size(); ++i) {
     const auto name = fbb.CreateString(operation.tensors[i].spec->name);
-    const auto value = fbb.CreateVector(operation.digests[i].bytes.data(), operation.digests[i].length);
+    const auto value =
+        fbb.CreateVector(operation.digests[i].bytes.data(), operation.digests[i].length);
     list.push_back(wire::CreateTensorDigest(fbb, name, value));
   }
   const auto tensors = fbb.CreateVector(list);
-  const auto module = fbb.CreateVector(operation.module_digest.bytes.data(), operation.module_digest.length);
+  const auto module =
+      fbb.CreateVector(operation.module_digest.bytes.data(), operation.module_digest.length);
   replies_.send(asker, operation.request_id, wire::Body::Digests,
-                wire::CreateDigests(fbb, tensors, module, static_cast<std::uint8_t>(operation.reading.word.state), operation.reading.version)
+                wire::CreateDigests(fbb, tensors, module,
+                                    static_cast<std::uint8_t>(operation.reading.word.state),
+                                    operation.reading.version)
                     .Union());
 }
 
 void Checker::fail_waiting(CheckOperation& operation, const Error& error) {
-  if (const auto asker = registry_.find(operation.session_id)) replies_.send_error(*asker, operation.request_id, error);
+  if (const auto asker = registry_.find(operation.session_id))
+    replies_.send_error(*asker, operation.request_id, error);
   scheduler_.withdraw(operation);
   remove(operation);
 }
@@ -319,9 +354,13 @@ void Checker::on_session_end(Session& session) {
 }
 
 void Checker::on_registration_end(Module& module) {
-  while (CheckOperation* operation = find_waiting([&](const CheckOperation& one) { return one.module.get() == &module; })) {
-    fail_waiting(*operation, {Errc::engine_not_ready, 0,
-                              operation->registration->manifest->label() + " was registered anew while the check waited", {}});
+  while (CheckOperation* operation =
+             find_waiting([&](const CheckOperation& one) { return one.module.get() == &module; })) {
+    fail_waiting(*operation, {Errc::engine_not_ready,
+                              0,
+                              operation->registration->manifest->label() +
+                                  " was registered anew while the check waited",
+                              {}});
   }
 }
 
@@ -334,15 +373,20 @@ Clock::time_point Checker::next_deadline() const {
 }
 
 Clock::time_point Checker::on_time(Clock::time_point now) {
-  while (CheckOperation* late = find_waiting([now](const CheckOperation& one) { return now >= one.deadline; })) {
-    fail_waiting(*late, {Errc::deadline, 0,
-                         late->registration->manifest->label() + ": the check waited too long for a refit or for pages", {}});
+  while (CheckOperation* late =
+             find_waiting([now](const CheckOperation& one) { return now >= one.deadline; })) {
+    fail_waiting(*late, {Errc::deadline,
+                         0,
+                         late->registration->manifest->label() +
+                             ": the check waited too long for a refit or for pages",
+                         {}});
   }
   return next_deadline();
 }
 
 void Checker::cancel_waiting(const Error& reason) {
-  while (CheckOperation* operation = find_waiting([](const CheckOperation&) { return true; })) fail_waiting(*operation, reason);
+  while (CheckOperation* operation = find_waiting([](const CheckOperation&) { return true; }))
+    fail_waiting(*operation, reason);
 }
 
 }  // namespace refit::daemon

@@ -1,7 +1,8 @@
 // Checker: digests of what is really in an engine's memory, on request.
 //
-// The loop thread decides, the background pool hashes; tensors are hashed in parallel. A check shares its engine with other
-// checks and keeps refits out while it reads, so that what it reports is one version.
+// The loop thread decides, the background pool hashes; tensors are hashed in parallel. A check
+// shares its engine with other checks and keeps refits out while it reads, so that what it reports
+// is one version.
 #pragma once
 
 #include <memory>
@@ -20,11 +21,14 @@ class Checker {
   Checker(Registry& registry, Scheduler& scheduler, Replies& replies, BackgroundPool& background);
   ~Checker();
 
-  void begin_check(Session& asker, std::uint64_t request_id, const wire::Check& message, Clock::time_point now);
-  void begin_digest(Session& asker, std::uint64_t request_id, const wire::DigestQuery& message, Clock::time_point now);
+  void begin_check(Session& asker, std::uint64_t request_id, const wire::Check& message,
+                   Clock::time_point now);
+  void begin_digest(Session& asker, std::uint64_t request_id, const wire::DigestQuery& message,
+                    Clock::time_point now);
 
   void on_session_end(Session& session);
-  /// A module's registration goes away: checks that wait for it are refused, one that runs finishes on the old memory.
+  /// A module's registration goes away: checks that wait for it are refused, one that runs finishes
+  /// on the old memory.
   void on_registration_end(Module& module);
   Clock::time_point on_time(Clock::time_point now);
   [[nodiscard]] Clock::time_point next_deadline() const;
@@ -35,8 +39,9 @@ class Checker {
   class CheckOperation;
   class HashJob;
 
-  Result<std::unique_ptr<CheckOperation>> prepare(Session& asker, std::uint64_t request_id, std::string_view engine,
-                                                  std::string_view module, std::uint8_t kind, std::uint64_t deadline_us,
+  Result<std::unique_ptr<CheckOperation>> prepare(Session& asker, std::uint64_t request_id,
+                                                  std::string_view engine, std::string_view module,
+                                                  std::uint8_t kind, std::uint64_t deadline_us,
                                                   Clock::time_point now);
   void admit(std::unique_ptr<CheckOperation> operation);
   void hash(CheckOperation& operation);

@@ -1,7 +1,7 @@
 // CompletionQueue: how pool threads hand finished work back to the loop thread, without allocating.
 //
-// push: any thread. drain: the loop thread. The queue owns nothing; a node belongs to whoever pushed it until its function
-// runs.
+// push: any thread. drain: the loop thread. The queue owns nothing; a node belongs to whoever
+// pushed it until its function runs.
 #pragma once
 
 #include <mutex>

@@ -14,10 +14,11 @@ std::size_t count(const Vector* vector) {
   return vector == nullptr ? 0 : vector->size();
 }
 
-Result<void> bounded(std::size_t value, std::size_t limit, const std::string& module, const char* what) {
+Result<void> bounded(std::size_t value, std::size_t limit, const std::string& module,
+                     const char* what) {
   if (value <= limit) return {};
-  return fail(Errc::quota,
-              module + ": " + std::to_string(value) + " " + what + "; the limit is " + std::to_string(limit));
+  return fail(Errc::quota, module + ": " + std::to_string(value) + " " + what + "; the limit is " +
+                               std::to_string(limit));
 }
 
 }  // namespace
@@ -29,10 +30,11 @@ Result<std::string> decode_name(const flatbuffers::String* text, const char* wha
     return fail(Errc::bad_argument, std::string("the name of the ") + what + " is longer than " +
                                         std::to_string(kNameBytesMax) + " bytes");
   }
-  const bool printable = std::all_of(name.begin(), name.end(), [](unsigned char c) { return c > 0x20 && c != 0x7f && c != '/'; });
+  const bool printable = std::all_of(
+      name.begin(), name.end(), [](unsigned char c) { return c > 0x20 && c != 0x7f && c != '/'; });
   if (!printable) {
-    return fail(Errc::bad_argument,
-                std::string("the name of the ") + what + " holds a space, a control character or '/'");
+    return fail(Errc::bad_argument, std::string("the name of the ") + what +
+                                        " holds a space, a control character or '/'");
   }
   return std::string(name);
 }
@@ -42,9 +44,11 @@ Result<RegisterRequest> decode(const wire::RegisterModule& message, const Manife
   REFIT_TRY_ASSIGN(request.module, decode_name(message.module_name(), "module"));
   REFIT_TRY(bounded(count(message.regions()), limits.regions_max, request.module, "regions"));
   REFIT_TRY(bounded(count(message.tensors()), limits.tensors_max, request.module, "tensors"));
-  REFIT_TRY(bounded(count(message.name_map()), limits.name_rules_max, request.module, "name rules"));
+  REFIT_TRY(
+      bounded(count(message.name_map()), limits.name_rules_max, request.module, "name rules"));
   if (message.regions() != nullptr) {
-    for (const auto* region : *message.regions()) request.regions.push_back({region->ticket(), region->bytes()});
+    for (const auto* region : *message.regions())
+      request.regions.push_back({region->ticket(), region->bytes()});
   }
   if (message.tensors() != nullptr) {
     request.tensors.reserve(message.tensors()->size());
@@ -63,7 +67,8 @@ Result<RegisterRequest> decode(const wire::RegisterModule& message, const Manife
   }
   if (message.name_map() != nullptr) {
     for (const auto* rule : *message.name_map()) {
-      request.name_map.push_back({std::string(view(rule->pattern())), std::string(view(rule->target())), rule->part(), rule->parts()});
+      request.name_map.push_back({std::string(view(rule->pattern())),
+                                  std::string(view(rule->target())), rule->part(), rule->parts()});
     }
   }
   request.version = message.version();

@@ -1,7 +1,7 @@
 // From verified FlatBuffers to the daemon's own values, with a bound on everything that is counted.
 //
-// Pure. A payload that verifies may still be nonsense: what is checked here is shape (counts, presence, enum ranges); what
-// the values mean is checked by Manifest and Plan.
+// Pure. A payload that verifies may still be nonsense: what is checked here is shape (counts,
+// presence, enum ranges); what the values mean is checked by Manifest and Plan.
 #pragma once
 
 #include <string>
@@ -17,7 +17,8 @@ namespace refit::daemon {
 inline constexpr std::size_t kNameBytesMax = 256;  ///< of sessions, engines and modules
 inline constexpr std::size_t kTargetsMax = 64;
 
-/// A name of a session, engine or module: 1 to 256 printable bytes without '/', which separates engine and module.
+/// A name of a session, engine or module: 1 to 256 printable bytes without '/', which separates
+/// engine and module.
 Result<std::string> decode_name(const flatbuffers::String* text, const char* what);
 
 struct RegionClaim {

@@ -16,30 +16,37 @@ Result<Listener> Listener::bind(const std::string& path) {
   sockaddr_un address{};
   address.sun_family = AF_UNIX;
   if (path.size() >= sizeof address.sun_path) {
-    return fail(Errc::bad_argument, "the socket path is longer than " + std::to_string(sizeof address.sun_path - 1) + " bytes: " + path);
+    return fail(Errc::bad_argument, "the socket path is longer than " +
+                                        std::to_string(sizeof address.sun_path - 1) +
+                                        " bytes: " + path);
   }
   std::memcpy(address.sun_path, path.c_str(), path.size() + 1);
 
   Listener listener;
   const std::string lock_path = path + ".lock";
-  listener.lock_ = UniqueFd::adopt(::open(lock_path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600));
+  listener.lock_ =
+      UniqueFd::adopt(::open(lock_path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600));
   if (!listener.lock_) return fail_os("opening " + lock_path, errno);
   if (::flock(listener.lock_.get(), LOCK_EX | LOCK_NB) != 0) {
     if (errno == EWOULDBLOCK) {
-      return fail(Errc::already_running, "another refitd serves " + path + "; stop it or choose another --socket");
+      return fail(Errc::already_running,
+                  "another refitd serves " + path + "; stop it or choose another --socket");
     }
     return fail_os("locking " + lock_path, errno);
   }
   struct stat status {};
   if (::lstat(path.c_str(), &status) == 0) {
-    if (!S_ISSOCK(status.st_mode)) return fail(Errc::bad_argument, path + " exists and is not a socket");
+    if (!S_ISSOCK(status.st_mode))
+      return fail(Errc::bad_argument, path + " exists and is not a socket");
     // We hold the lock, so whoever made it is dead.
     if (::unlink(path.c_str()) != 0) return fail_os("removing the stale socket " + path, errno);
   }
-  UniqueFd socket = UniqueFd::adopt(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+  UniqueFd socket =
+      UniqueFd::adopt(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
   if (!socket) return fail_os("socket", errno);
   const mode_t old_mask = ::umask(0117);
-  const int bound = ::bind(socket.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address);
+  const int bound =
+      ::bind(socket.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address);
   const int code = errno;
   ::umask(old_mask);
   if (bound != 0) return fail_os("binding " + path, code);
@@ -61,8 +68,12 @@ Result<Listener> Listener::from_systemd() {
     }
   }
   if (!listener.socket_) {
-    return fail(Errc::bad_argument, count == 0 ? "no socket: name one with --socket PATH, or start through systemd's refitd.socket"
-                                               : "systemd passed no listening AF_UNIX SOCK_SEQPACKET socket (ListenSequentialPacket=)");
+    return fail(
+        Errc::bad_argument,
+        count == 0
+            ? "no socket: name one with --socket PATH, or start through systemd's refitd.socket"
+            : "systemd passed no listening AF_UNIX SOCK_SEQPACKET socket "
+              "(ListenSequentialPacket=)");
   }
   return listener;
 }

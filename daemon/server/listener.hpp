@@ -1,7 +1,7 @@
 // Listener: the socket that clients connect to, our own or systemd's.
 //
-// The loop thread alone. A socket of our own is guarded by a lock file beside it, so that a second daemon is refused and a
-// stale socket of a dead one is replaced.
+// The loop thread alone. A socket of our own is guarded by a lock file beside it, so that a second
+// daemon is refused and a stale socket of a dead one is replaced.
 #pragma once
 
 #include <string>
@@ -15,7 +15,8 @@ class Listener {
  public:
   /// Binds `path` (mode 0660). Errors: already_running if a daemon serves it, os, bad_argument.
   static Result<Listener> bind(const std::string& path);
-  /// The one AF_UNIX SOCK_SEQPACKET socket that systemd passed; others are closed and named in the error or the log.
+  /// The one AF_UNIX SOCK_SEQPACKET socket that systemd passed; others are closed and named in the
+  /// error or the log.
   static Result<Listener> from_systemd();
 
   Listener(Listener&&) noexcept = default;

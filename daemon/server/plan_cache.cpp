@@ -25,7 +25,8 @@ void bind(BoundPlan& bound) {
     op.run_bytes = copy.run_bytes;
     op.loop_count = copy.loop_count;
     for (std::uint32_t i = 0; i < copy.loop_count; ++i) {
-      op.loops[i] = {copy.loops[i].count, copy.loops[i].source_stride_bytes, copy.loops[i].target_stride_bytes};
+      op.loops[i] = {copy.loops[i].count, copy.loops[i].source_stride_bytes,
+                     copy.loops[i].target_stride_bytes};
     }
     bound.ops.push_back(op);
   }
@@ -37,11 +38,13 @@ void bind(BoundPlan& bound) {
 }  // namespace
 
 Result<std::shared_ptr<BoundPlan>> PlanCache::get(const std::shared_ptr<Registration>& source,
-                                                  const std::shared_ptr<Registration>& target, const Selection* selection,
+                                                  const std::shared_ptr<Registration>& target,
+                                                  const Selection* selection,
                                                   bool allow_unmatched) {
   for (auto entry = entries_.rbegin(); entry != entries_.rend(); ++entry) {
     BoundPlan& bound = **entry;
-    if (bound.source != source || bound.target != target || bound.options.allow_unmatched != allow_unmatched ||
+    if (bound.source != source || bound.target != target ||
+        bound.options.allow_unmatched != allow_unmatched ||
         !same_selection(bound.options.selection, selection)) {
       continue;
     }
@@ -55,7 +58,8 @@ Result<std::shared_ptr<BoundPlan>> PlanCache::get(const std::shared_ptr<Registra
   if (selection != nullptr) {
     for (const auto* name : *selection) bound->options.selection.emplace_back(view(name));
   }
-  REFIT_TRY_ASSIGN(bound->plan, Plan::compile(*source->manifest, *target->manifest, bound->options));
+  REFIT_TRY_ASSIGN(bound->plan,
+                   Plan::compile(*source->manifest, *target->manifest, bound->options));
   bind(*bound);
   if (entries_.size() == kEntriesMax) entries_.erase(entries_.begin());
   entries_.push_back(bound);

@@ -1,4 +1,5 @@
-// PlanCache: compiled plans bound to mapped memory, ready to be copied again without a look at a manifest.
+// PlanCache: compiled plans bound to mapped memory, ready to be copied again without a look at a
+// manifest.
 //
 // The loop thread alone. An entry lives as long as both of its registrations are the current ones.
 #pragma once
@@ -32,8 +33,8 @@ class PlanCache {
 
   /// The plan for these manifests, compiled if it is not there. `selection` may be null.
   Result<std::shared_ptr<BoundPlan>> get(const std::shared_ptr<Registration>& source,
-                                         const std::shared_ptr<Registration>& target, const Selection* selection,
-                                         bool allow_unmatched);
+                                         const std::shared_ptr<Registration>& target,
+                                         const Selection* selection, bool allow_unmatched);
 
   /// Forgets every plan of a registration that was replaced or whose session ended.
   void forget(std::uint64_t generation);

@@ -8,7 +8,8 @@
 namespace refit::daemon {
 namespace {
 
-/// Below this many bytes a copy is shorter than waking a thread for it: the loop thread copies itself.
+/// Below this many bytes a copy is shorter than waking a thread for it: the loop thread copies
+/// itself.
 constexpr std::uint64_t kInlineCopyBytesMax = std::uint64_t{256} << 10;
 
 /// An engine that answered its last gate within this time is read for before the loop blocks.
@@ -62,8 +63,8 @@ class Refits::Refit final : public Operation, public Completion {
   std::atomic<bool> faulted{false};
 };
 
-Refits::Refits(Registry& registry, Scheduler& scheduler, Replies& replies, CopyPool& copy_pool, CompletionQueue& completions,
-               Waiting waiting)
+Refits::Refits(Registry& registry, Scheduler& scheduler, Replies& replies, CopyPool& copy_pool,
+               CompletionQueue& completions, Waiting waiting)
     : registry_(registry),
       scheduler_(scheduler),
       replies_(replies),
@@ -89,7 +90,8 @@ void Refits::retire(Refit& refit) {
   refit.targets.clear();
   refit.engines.clear();
   refit.memories.clear();
-  const auto found = std::find_if(active_.begin(), active_.end(), [&](const auto& entry) { return entry.get() == &refit; });
+  const auto found = std::find_if(active_.begin(), active_.end(),
+                                  [&](const auto& entry) { return entry.get() == &refit; });
   REFIT_ASSERT(found != active_.end());
   free_.push_back(std::move(*found));
   *found = std::move(active_.back());
@@ -98,14 +100,16 @@ void Refits::retire(Refit& refit) {
 
 // ---- request
 
-void Refits::begin(Session& trainer, std::uint64_t request_id, const wire::Refit& message, Clock::time_point arrived) {
+void Refits::begin(Session& trainer, std::uint64_t request_id, const wire::Refit& message,
+                   Clock::time_point arrived) {
   Refit& refit = take_free();
   refit.session_id = trainer.id;
   refit.request_id = request_id;
   refit.uid = trainer.peer.uid;
   refit.reset_caches = message.reset_caches();
   refit.arrived = arrived;
-  refit.deadline = arrived + std::chrono::microseconds(std::min(message.deadline_us(), kDeadlineUsMax));
+  refit.deadline =
+      arrived + std::chrono::microseconds(std::min(message.deadline_us(), kDeadlineUsMax));
   refit.transaction.reset(from_wire(message.transaction()));
   refit.jobs_left.store(0);
   refit.faulted.store(false);
@@ -120,17 +124,21 @@ void Refits::begin(Session& trainer, std::uint64_t request_id, const wire::Refit
   scheduler_.enqueue(refit);
 }
 
-/// Names become engines, modules and plans; everything that can be wrong is found here, before anything is asked of an
-/// engine.
+/// Names become engines, modules and plans; everything that can be wrong is found here, before
+/// anything is asked of an engine.
 Result<void> Refits::resolve(Refit& refit, Session& trainer, const wire::Refit& message) {
-  if (trainer.role != Role::trainer) return fail(Errc::permission, trainer.label() + " is no trainer and may not refit");
-  if (refit.transaction.id().is_zero()) return fail(Errc::bad_argument, "a refit needs a transaction id that is not zero");
+  if (trainer.role != Role::trainer)
+    return fail(Errc::permission, trainer.label() + " is no trainer and may not refit");
+  if (refit.transaction.id().is_zero())
+    return fail(Errc::bad_argument, "a refit needs a transaction id that is not zero");
   if (message.staging() != wire::Staging::direct) {
     return fail(Errc::unsupported, "staging `shadow` is not built; use `direct`");
   }
   const auto* targets = message.targets();
-  if (targets == nullptr || targets->size() == 0) return fail(Errc::bad_argument, "a refit needs at least one target");
-  if (targets->size() > kModulesMax) return fail(Errc::quota, "a refit takes at most " + std::to_string(kModulesMax) + " targets");
+  if (targets == nullptr || targets->size() == 0)
+    return fail(Errc::bad_argument, "a refit needs at least one target");
+  if (targets->size() > kModulesMax)
+    return fail(Errc::quota, "a refit takes at most " + std::to_string(kModulesMax) + " targets");
 
   refit.bytes = 0;
   refit.tensors = 0;
@@ -138,14 +146,16 @@ Result<void> Refits::resolve(Refit& refit, Session& trainer, const wire::Refit& 
     REFIT_TRY_ASSIGN(auto engine, registry_.engine_for(trainer, view(wanted->engine())));
     REFIT_TRY_ASSIGN(auto module, registry_.module_of(*engine, view(wanted->module_name())));
     REFIT_TRY_ASSIGN(auto source, registry_.module_of(trainer, view(wanted->source())));
-    REFIT_TRY_ASSIGN(auto plan, plans_.get(source->registration, module->registration, wanted->selection(),
-                                           wanted->allow_unmatched()));
+    REFIT_TRY_ASSIGN(auto plan, plans_.get(source->registration, module->registration,
+                                           wanted->selection(), wanted->allow_unmatched()));
     for (const Target& other : refit.targets) {
-      if (other.module == module) return fail(Errc::bad_argument, engine->name + "/" + module->name + " is named twice");
+      if (other.module == module)
+        return fail(Errc::bad_argument, engine->name + "/" + module->name + " is named twice");
     }
     refit.bytes += plan->plan.bytes;
     refit.tensors += static_cast<std::uint32_t>(plan->plan.targets.size());
-    // Engines in name order: two transactions over the same engines never wait for each other crosswise.
+    // Engines in name order: two transactions over the same engines never wait for each other
+    // crosswise.
     auto place = std::lower_bound(refit.engines.begin(), refit.engines.end(), engine,
                                   [](const auto& a, const auto& b) { return a->name < b->name; });
     const auto index = static_cast<std::size_t>(place - refit.engines.begin());
@@ -159,18 +169,20 @@ Result<void> Refits::resolve(Refit& refit, Session& trainer, const wire::Refit& 
 }
 
 /// The recorded outcome of a transaction that was committed before.
-bool Refits::replay(Session& trainer, std::uint64_t request_id, const TransactionId& id, const Refit& refit) {
+bool Refits::replay(Session& trainer, std::uint64_t request_id, const TransactionId& id,
+                    const Refit& refit) {
   Outcome known{trainer.peer.uid, id, 0, refit.bytes, refit.tensors};
-  const auto recorded = std::find_if(outcomes_.begin(), outcomes_.end(), [&](const Outcome& outcome) {
-    return outcome.id == id && outcome.uid == trainer.peer.uid;
-  });
+  const auto recorded = std::find_if(
+      outcomes_.begin(), outcomes_.end(),
+      [&](const Outcome& outcome) { return outcome.id == id && outcome.uid == trainer.peer.uid; });
   if (recorded != outcomes_.end()) {
     known = *recorded;
   } else {
     // Committed by a daemon before this one: then every target says so itself.
     for (const Target& target : refit.targets) {
       const auto& engine = *refit.engines[target.engine];
-      const ModuleReading reading = read_module(engine.memory->response_region().modules[target.module->slot]);
+      const ModuleReading reading =
+          read_module(engine.memory->response_region().modules[target.module->slot]);
       if (reading.word.state != ModuleState::committed || reading.transaction != id) return false;
       known.version = std::max(known.version, reading.version);
     }
@@ -186,14 +198,17 @@ bool Refits::replay(Session& trainer, std::uint64_t request_id, const Transactio
 
 // ---- gate
 
-/// A module whose bytes may be a mix takes only what makes all of it whole: every tensor, or the transaction that broke it.
+/// A module whose bytes may be a mix takes only what makes all of it whole: every tensor, or the
+/// transaction that broke it.
 Result<void> Refits::check_poison(const Refit& refit) const {
   for (const Target& target : refit.targets) {
     const auto& engine = *refit.engines[target.engine];
-    const ModuleReading reading = read_module(engine.memory->response_region().modules[target.module->slot]);
+    const ModuleReading reading =
+        read_module(engine.memory->response_region().modules[target.module->slot]);
     if (reading.word.state != ModuleState::poisoned || target.plan->plan.whole) continue;
     if (reading.transaction == refit.transaction.id()) continue;
-    return fail(Errc::poisoned, engine.name + "/" + target.module->name + " is poisoned by transaction " +
+    return fail(Errc::poisoned, engine.name + "/" + target.module->name +
+                                    " is poisoned by transaction " +
                                     reading.transaction.to_string() +
                                     ": refit all of its tensors, or send that transaction again");
   }
@@ -206,15 +221,18 @@ void Refits::open_gates(Refit& refit) {
   refit.phase = Phase::gating;
   for (const auto& engine : refit.engines) {
     refit.memories.push_back(engine->memory);
-    refit.transaction.add_engine({&engine->memory->response_region().gate, &engine->memory->request_region().gate_answer,
+    refit.transaction.add_engine({&engine->memory->response_region().gate,
+                                  &engine->memory->request_region().gate_answer,
                                   &engine->gate_epoch});
   }
   for (const Target& target : refit.targets) {
-    ModuleBlock& block = refit.engines[target.engine]->memory->response_region().modules[target.module->slot];
+    ModuleBlock& block =
+        refit.engines[target.engine]->memory->response_region().modules[target.module->slot];
     refit.transaction.add_module(target.engine, block, read_module(block).version + 1);
   }
-  const std::uint8_t flags = static_cast<std::uint8_t>((refit.bytes > kInlineCopyBytesMax ? GateWord::kLongCopy : 0) |
-                                                       (refit.reset_caches ? GateWord::kResetCaches : 0));
+  const std::uint8_t flags =
+      static_cast<std::uint8_t>((refit.bytes > kInlineCopyBytesMax ? GateWord::kLongCopy : 0) |
+                                (refit.reset_caches ? GateWord::kResetCaches : 0));
   refit.transaction.prepare(flags);
   wake_engines(refit);
   wait_briefly(refit);
@@ -222,12 +240,14 @@ void Refits::open_gates(Refit& refit) {
 
 /// Reads for the engines' answers before blocking, where they were quick the last time.
 void Refits::wait_briefly(Refit& refit) {
-  const bool quick = std::all_of(refit.engines.begin(), refit.engines.end(),
-                                 [](const auto& engine) { return engine->last_gate_us < kQuickAnswerUs; });
+  const bool quick =
+      std::all_of(refit.engines.begin(), refit.engines.end(),
+                  [](const auto& engine) { return engine->last_gate_us < kQuickAnswerUs; });
   if (waiting_ != Waiting::adaptive || !quick) return;
   for (const auto& engine : refit.engines) engine->memory->response_region().daemon_awake.store(1);
   spin_briefly([&] { return refit.transaction.readiness() != Transaction::Readiness::waiting; });
-  // From here on an engine rings again. An answer that fell between the last look and this store is looked for below.
+  // From here on an engine rings again. An answer that fell between the last look and this store is
+  // looked for below.
   for (const auto& engine : refit.engines) engine->memory->response_region().daemon_awake.store(0);
   on_readiness(refit);
 }
@@ -236,7 +256,9 @@ void Refits::on_engine_answer(Session& engine) {
   for (std::size_t i = 0; i < active_.size(); ++i) {
     Refit& refit = *active_[i];
     if (refit.phase != Phase::gating) continue;
-    if (std::none_of(refit.engines.begin(), refit.engines.end(), [&](const auto& one) { return one.get() == &engine; })) continue;
+    if (std::none_of(refit.engines.begin(), refit.engines.end(),
+                     [&](const auto& one) { return one.get() == &engine; }))
+      continue;
     return on_readiness(refit);
   }
 }
@@ -244,14 +266,21 @@ void Refits::on_engine_answer(Session& engine) {
 void Refits::on_readiness(Refit& refit) {
   if (refit.phase != Phase::gating) return;
   switch (refit.transaction.readiness()) {
-    case Transaction::Readiness::waiting: return;
-    case Transaction::Readiness::withdrawn: break;
+    case Transaction::Readiness::waiting:
+      return;
+    case Transaction::Readiness::withdrawn:
+      break;
     case Transaction::Readiness::all_ready:
       refit.gated = Clock::now();
-      for (const auto& engine : refit.engines) engine->last_gate_us = us_between(refit.started, refit.gated);
+      for (const auto& engine : refit.engines)
+        engine->last_gate_us = us_between(refit.started, refit.gated);
       if (refit.transaction.begin_writing()) return write(refit);
   }
-  fail_refit(refit, {Errc::engine_not_ready, 0, refit.engines.front()->name + ": the engine stepped back from its gate; nothing was changed", {}});
+  fail_refit(refit, {Errc::engine_not_ready,
+                     0,
+                     refit.engines.front()->name +
+                         ": the engine stepped back from its gate; nothing was changed",
+                     {}});
 }
 
 // ---- writing
@@ -262,13 +291,15 @@ void Refits::write(Refit& refit) {
 #ifdef REFIT_TEST_POINTS
   // Half of the bytes first, so that a death at this point leaves a real mix.
   for (const Target& target : refit.targets) {
-    [[maybe_unused]] const CopyOutcome half = copy_inline(target.plan->ops.data(), (target.plan->ops.size() + 1) / 2);
+    [[maybe_unused]] const CopyOutcome half =
+        copy_inline(target.plan->ops.data(), (target.plan->ops.size() + 1) / 2);
   }
   test_point("writing.half");
 #endif
   if (refit.bytes <= kInlineCopyBytesMax) {
     for (const Target& target : refit.targets) {
-      if (copy_inline(target.plan->ops.data(), target.plan->ops.size()).status != CopyStatus::ok) refit.faulted.store(true);
+      if (copy_inline(target.plan->ops.data(), target.plan->ops.size()).status != CopyStatus::ok)
+        refit.faulted.store(true);
     }
     return copied(refit);
   }
@@ -293,8 +324,12 @@ void Refits::copied(Refit& refit) {
     refit.transaction.poison();
     refit.transaction.release();
     wake_engines(refit);
-    return fail_refit(refit, {Errc::memory_fault, 0, refit.targets.front().module->registration->manifest->label() +
-                                  ": client memory faulted (SIGBUS) while it was copied; the target is poisoned until a refit commits", {}});
+    return fail_refit(refit, {Errc::memory_fault,
+                              0,
+                              refit.targets.front().module->registration->manifest->label() +
+                                  ": client memory faulted (SIGBUS) while it was copied; the "
+                                  "target is poisoned until a refit commits",
+                              {}});
   }
   refit.transaction.commit();
   test_point("transaction.committed");
@@ -314,14 +349,18 @@ void Refits::wake_engines(Refit& refit) {
 void Refits::reply(Refit& refit) {
   ++committed_count_;
   const auto now = Clock::now();
-  const PhaseTimes times{us_between(refit.arrived, refit.started), us_between(refit.started, refit.gated),
+  const PhaseTimes times{us_between(refit.arrived, refit.started),
+                         us_between(refit.started, refit.gated),
                          us_between(refit.gated, refit.wrote), 0, us_between(refit.arrived, now)};
   std::uint64_t version = 0;
   const Session* lost = nullptr;
   for (const Target& target : refit.targets) {
     const Session& engine = *refit.engines[target.engine];
     if (engine.closed) lost = &engine;
-    version = std::max(version, read_module(refit.memories[target.engine]->response_region().modules[target.module->slot]).version);
+    version = std::max(
+        version,
+        read_module(refit.memories[target.engine]->response_region().modules[target.module->slot])
+            .version);
     Module& module = *target.module;
     ++module.refits;
     module.last = times;
@@ -329,16 +368,22 @@ void Refits::reply(Refit& refit) {
     module.last_source = target.plan->source->manifest->label();
   }
   if (lost != nullptr) {
-    return fail_refit(refit, {Errc::engine_gone, 0, "engine " + lost->name + " died while it was written" +
-                                  (refit.engines.size() > 1 ? "; the other engines hold the new weights" : ""), {}});
+    return fail_refit(
+        refit, {Errc::engine_gone,
+                0,
+                "engine " + lost->name + " died while it was written" +
+                    (refit.engines.size() > 1 ? "; the other engines hold the new weights" : ""),
+                {}});
   }
-  outcomes_[outcome_next_++ % outcomes_.size()] = {refit.uid, refit.transaction.id(), version, refit.bytes, refit.tensors};
+  outcomes_[outcome_next_++ % outcomes_.size()] = {refit.uid, refit.transaction.id(), version,
+                                                   refit.bytes, refit.tensors};
   if (const auto trainer = registry_.find(refit.session_id)) {
     auto& fbb = replies_.builder();
-    const wire::Phases phases(times.wait_us, times.gate_us, times.copy_us, times.check_us, times.total_us);
+    const wire::Phases phases(times.wait_us, times.gate_us, times.copy_us, times.check_us,
+                              times.total_us);
     replies_.send(*trainer, refit.request_id, wire::Body::Refitted,
-                  wire::CreateRefitted(fbb, version, refit.bytes, refit.tensors, static_cast<std::uint8_t>(Guarantee::atomic),
-                                       &phases, false)
+                  wire::CreateRefitted(fbb, version, refit.bytes, refit.tensors,
+                                       static_cast<std::uint8_t>(Guarantee::atomic), &phases, false)
                       .Union());
   }
   release_engines(refit);
@@ -350,11 +395,13 @@ void Refits::fail_refit(Refit& refit, const Error& error) {
     refit.transaction.release();
     wake_engines(refit);
   }
-  if (const auto trainer = registry_.find(refit.session_id)) replies_.send_error(*trainer, refit.request_id, error);
+  if (const auto trainer = registry_.find(refit.session_id))
+    replies_.send_error(*trainer, refit.request_id, error);
   release_engines(refit);
 }
 
-/// The last act of every refit that reached the queue. What waits for its engines may start in here.
+/// The last act of every refit that reached the queue. What waits for its engines may start in
+/// here.
 void Refits::release_engines(Refit& refit) {
   const bool had_engines = refit.has_engines;
   refit.has_engines = false;
@@ -381,21 +428,26 @@ Refits::Refit* Refits::find_waiting(Predicate&& matches) {
 
 void Refits::on_session_end(Session& session) {
   const auto uses_engine = [&](const Refit& refit) {
-    return std::any_of(refit.engines.begin(), refit.engines.end(), [&](const auto& one) { return one.get() == &session; });
+    return std::any_of(refit.engines.begin(), refit.engines.end(),
+                       [&](const auto& one) { return one.get() == &session; });
   };
   while (Refit* refit = find_waiting(uses_engine)) {
-    fail_refit(*refit, {Errc::engine_gone, 0, session.label() + " is gone; nothing was changed", {}});
+    fail_refit(*refit,
+               {Errc::engine_gone, 0, session.label() + " is gone; nothing was changed", {}});
   }
-  while (Refit* refit = find_waiting([&](const Refit& one) { return one.session_id == session.id; })) {
+  while (Refit* refit =
+             find_waiting([&](const Refit& one) { return one.session_id == session.id; })) {
     fail_refit(*refit, {Errc::daemon_gone, 0, "the trainer is gone", {}});
   }
-  for (const auto& [name, module] : session.modules) plans_.forget(module->registration->generation);
+  for (const auto& [name, module] : session.modules)
+    plans_.forget(module->registration->generation);
 }
 
 bool Refits::on_registration_end(Session& session, Module& module) {
   const auto uses = [&](const Refit& refit) {
     return std::any_of(refit.targets.begin(), refit.targets.end(), [&](const Target& target) {
-      return target.plan->source == module.registration || target.plan->target == module.registration;
+      return target.plan->source == module.registration ||
+             target.plan->target == module.registration;
     });
   };
   const bool being_written = std::any_of(active_.begin(), active_.end(), [&](const auto& refit) {
@@ -403,8 +455,10 @@ bool Refits::on_registration_end(Session& session, Module& module) {
   });
   if (being_written) return false;
   while (Refit* refit = find_waiting(uses)) {
-    fail_refit(*refit, {Errc::engine_not_ready, 0,
-                        session.name + "/" + module.name + " was registered anew while the refit waited; nothing was changed",
+    fail_refit(*refit, {Errc::engine_not_ready,
+                        0,
+                        session.name + "/" + module.name +
+                            " was registered anew while the refit waited; nothing was changed",
                         {}});
   }
   plans_.forget(module.registration->generation);
@@ -423,13 +477,18 @@ Clock::time_point Refits::on_time(Clock::time_point now) {
   while (Refit* late = find_waiting([now](const Refit& one) { return now >= one.deadline; })) {
     std::string who;
     for (std::size_t i = 0; i < late->engines.size(); ++i) {
-      if (late->phase == Phase::queued || !late->transaction.ready(i)) who += (who.empty() ? "" : ", ") + late->engines[i]->name;
+      if (late->phase == Phase::queued || !late->transaction.ready(i))
+        who += (who.empty() ? "" : ", ") + late->engines[i]->name;
     }
-    fail_refit(*late, {Errc::engine_not_ready, 0,
-                       late->phase == Phase::gating
-                           ? "engine " + who + " did not reach its gate in time; nothing was changed"
-                           : "engine " + who + " was busy with another refit, a check or populating pages; nothing was changed",
-                       {}});
+    fail_refit(
+        *late,
+        {Errc::engine_not_ready,
+         0,
+         late->phase == Phase::gating
+             ? "engine " + who + " did not reach its gate in time; nothing was changed"
+             : "engine " + who +
+                   " was busy with another refit, a check or populating pages; nothing was changed",
+         {}});
   }
   return next_deadline();
 }

@@ -1,7 +1,8 @@
-// Refits: every refit from its request to its reply. Read start to end, this file's .cpp is one refit:
-// request -> plan -> queue -> gate -> writing -> copy -> commit -> reply.
+// Refits: every refit from its request to its reply. Read start to end, this file's .cpp is one
+// refit: request -> plan -> queue -> gate -> writing -> copy -> commit -> reply.
 //
-// The loop thread; bytes are moved by the copy pool, or here when they are few. In the steady state nothing is allocated.
+// The loop thread; bytes are moved by the copy pool, or here when they are few. In the steady state
+// nothing is allocated.
 #pragma once
 
 #include <array>
@@ -20,11 +21,12 @@ namespace refit::daemon {
 
 class Refits {
  public:
-  Refits(Registry& registry, Scheduler& scheduler, Replies& replies, CopyPool& copy_pool, CompletionQueue& completions,
-         Waiting waiting);
+  Refits(Registry& registry, Scheduler& scheduler, Replies& replies, CopyPool& copy_pool,
+         CompletionQueue& completions, Waiting waiting);
   ~Refits();
 
-  void begin(Session& trainer, std::uint64_t request_id, const wire::Refit& message, Clock::time_point arrived);
+  void begin(Session& trainer, std::uint64_t request_id, const wire::Refit& message,
+             Clock::time_point arrived);
 
   /// An engine rang: it may have answered its gate.
   void on_engine_answer(Session& engine);
@@ -62,7 +64,8 @@ class Refits {
 
   Result<void> resolve(Refit& refit, Session& trainer, const wire::Refit& message);
   Result<void> check_poison(const Refit& refit) const;
-  bool replay(Session& trainer, std::uint64_t request_id, const TransactionId& id, const Refit& refit);
+  bool replay(Session& trainer, std::uint64_t request_id, const TransactionId& id,
+              const Refit& refit);
   void open_gates(Refit& refit);
   void wait_briefly(Refit& refit);
   void on_readiness(Refit& refit);

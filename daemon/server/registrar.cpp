@@ -18,8 +18,12 @@ Access access_of(const Session& session) {
 /// Faults the pages in on a pool thread and answers the registration when they are there.
 class PopulateJob final : public BackgroundJob {
  public:
-  PopulateJob(std::shared_ptr<Registration> registration, Access access, std::function<void(Result<void>, std::uint64_t)> done)
-      : BackgroundJob(1), registration_(std::move(registration)), access_(access), done_(std::move(done)) {}
+  PopulateJob(std::shared_ptr<Registration> registration, Access access,
+              std::function<void(Result<void>, std::uint64_t)> done)
+      : BackgroundJob(1),
+        registration_(std::move(registration)),
+        access_(access),
+        done_(std::move(done)) {}
 
   void run_part(std::size_t) override {
     const auto start = Clock::now();
@@ -27,7 +31,8 @@ class PopulateJob final : public BackgroundJob {
       outcome_ = populate(mapping, access_, registration_->manifest->label());
       if (!outcome_) break;
     }
-    took_us_ = static_cast<std::uint64_t>(std::chrono::duration_cast<std::chrono::microseconds>(Clock::now() - start).count());
+    took_us_ = static_cast<std::uint64_t>(
+        std::chrono::duration_cast<std::chrono::microseconds>(Clock::now() - start).count());
   }
   void finished() override { done_(std::move(outcome_), took_us_); }
 
@@ -59,7 +64,9 @@ void write_initial_words(ModuleBlock& block, const RegisterRequest& request) {
 
 }  // namespace
 
-void Registrar::close_later(UniqueFd fd) { background_.submit(std::make_unique<CloseJob>(std::move(fd))); }
+void Registrar::close_later(UniqueFd fd) {
+  background_.submit(std::make_unique<CloseJob>(std::move(fd)));
+}
 
 Result<Registrar::Mapped> Registrar::map_regions(Session& session, const RegisterRequest& request) {
   Mapped mapped;
@@ -72,8 +79,9 @@ Result<Registrar::Mapped> Registrar::map_regions(Session& session, const Registe
       found = session.tickets.find(claim.ticket);
     }
     if (found == session.tickets.end()) {
-      return fail(Errc::unknown_ticket, request.module + ": region " + std::to_string(fds.size()) + " names ticket " +
-                                            std::to_string(claim.ticket) + ", for which no fd arrived");
+      return fail(Errc::unknown_ticket, request.module + ": region " + std::to_string(fds.size()) +
+                                            " names ticket " + std::to_string(claim.ticket) +
+                                            ", for which no fd arrived");
     }
     fds.push_back(std::move(found->second.fd));
     session.tickets.erase(found);
@@ -86,14 +94,17 @@ Result<Registrar::Mapped> Registrar::map_regions(Session& session, const Registe
       return Unexpected(std::move(info).error());
     }
     if ((info->seals & F_SEAL_SHRINK) == 0) {
-      return fail(Errc::bad_region, label + " is not sealed against shrinking (F_SEAL_SHRINK); use refit::SharedMemory");
+      return fail(
+          Errc::bad_region,
+          label + " is not sealed against shrinking (F_SEAL_SHRINK); use refit::SharedMemory");
     }
     const std::uint64_t declared = request.regions[i].bytes;
     if (info->bytes < declared) {
-      return fail(Errc::bad_region, label + " has " + std::to_string(info->bytes) + " bytes, but " + std::to_string(declared) +
-                                        " were declared");
+      return fail(Errc::bad_region, label + " has " + std::to_string(info->bytes) + " bytes, but " +
+                                        std::to_string(declared) + " were declared");
     }
-    REFIT_TRY_ASSIGN(Mapping mapping, Mapping::map(fds[i].get(), declared, access_of(session), label));
+    REFIT_TRY_ASSIGN(Mapping mapping,
+                     Mapping::map(fds[i].get(), declared, access_of(session), label));
     mapped.mappings.push_back(std::move(mapping));
     mapped.infos.push_back({declared, info->device, info->inode});
   }
@@ -105,13 +116,15 @@ Result<std::shared_ptr<Module>> Registrar::place(Session& session, const Registe
   const auto found = session.modules.find(request.module);
   if (found != session.modules.end()) {
     if (!release_module(session, *found->second)) {
-      return fail(Errc::busy, session.name + "/" + request.module + " is being written; register it again after the refit");
+      return fail(Errc::busy, session.name + "/" + request.module +
+                                  " is being written; register it again after the refit");
     }
     found->second->registration = std::move(registration);
     return found->second;
   }
   if (session.modules.size() >= kModulesMax) {
-    return fail(Errc::quota, session.name + ": " + std::to_string(kModulesMax) + " modules are registered, which is the limit");
+    return fail(Errc::quota, session.name + ": " + std::to_string(kModulesMax) +
+                                 " modules are registered, which is the limit");
   }
   std::bitset<kModulesMax> used;
   for (const auto& [name, module] : session.modules) used.set(module->slot);
@@ -123,7 +136,8 @@ Result<std::shared_ptr<Module>> Registrar::place(Session& session, const Registe
   return module;
 }
 
-void Registrar::register_module(Session& session, std::uint64_t request_id, const wire::RegisterModule& message) {
+void Registrar::register_module(Session& session, std::uint64_t request_id,
+                                const wire::RegisterModule& message) {
   const auto refuse = [&](const Error& error) { replies_.send_error(session, request_id, error); };
   if (session.role == Role::observer) {
     return refuse({Errc::permission, 0, "an observer registers nothing", {}});
@@ -133,8 +147,9 @@ void Registrar::register_module(Session& session, std::uint64_t request_id, cons
   auto mapped = map_regions(session, *request);
   if (!mapped) return refuse(mapped.error());
 
-  auto manifest = Manifest::validate(session.name + "/" + request->module, session.role, std::move(request->tensors),
-                                     std::move(mapped->infos), std::move(request->name_map));
+  auto manifest = Manifest::validate(session.name + "/" + request->module, session.role,
+                                     std::move(request->tensors), std::move(mapped->infos),
+                                     std::move(request->name_map));
   if (!manifest) return refuse(manifest.error());
   auto registration = std::make_shared<Registration>();
   registration->manifest = std::move(*manifest);
@@ -149,13 +164,17 @@ void Registrar::register_module(Session& session, std::uint64_t request_id, cons
   const std::uint64_t session_id = session.id;
   const std::uint32_t slot = (*module)->slot;
   background_.submit(std::make_unique<PopulateJob>(
-      registration, access_of(session), [this, session_id, request_id, registration, slot](Result<void> outcome, std::uint64_t took_us) {
+      registration, access_of(session),
+      [this, session_id, request_id, registration, slot](Result<void> outcome,
+                                                         std::uint64_t took_us) {
         registration->populated = outcome.has_value();
         scheduler_.advance();
         const auto owner = registry_.find(session_id);
         if (owner == nullptr) return;
         if (!outcome) {
-          std::erase_if(owner->modules, [&](const auto& entry) { return entry.second->registration == registration; });
+          std::erase_if(owner->modules, [&](const auto& entry) {
+            return entry.second->registration == registration;
+          });
           return replies_.send_error(*owner, request_id, outcome.error());
         }
         auto& fbb = replies_.builder();
@@ -164,12 +183,14 @@ void Registrar::register_module(Session& session, std::uint64_t request_id, cons
       }));
 }
 
-void Registrar::unregister_module(Session& session, std::uint64_t request_id, const wire::UnregisterModule& message) {
+void Registrar::unregister_module(Session& session, std::uint64_t request_id,
+                                  const wire::UnregisterModule& message) {
   auto module = registry_.module_of(session, view(message.module_name()));
   if (!module) return replies_.send_error(session, request_id, module.error());
   if (!release_module(session, **module)) {
-    return replies_.send_error(session, request_id,
-                               {Errc::busy, 0, session.name + "/" + (*module)->name + " is being written", {}});
+    return replies_.send_error(
+        session, request_id,
+        {Errc::busy, 0, session.name + "/" + (*module)->name + " is being written", {}});
   }
   if (session.role == Role::engine) {
     session.memory->response_region().modules[(*module)->slot].word.store(ModuleWord{}.pack());

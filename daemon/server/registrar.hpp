@@ -1,7 +1,8 @@
 // Registrar: takes a client's manifest and memory, checks them, maps and populates them.
 //
-// The loop thread; populating runs on the background pool. Metadata is checked and visible at once, the reply follows when
-// the pages are there, so that the first refit after it costs what the second does.
+// The loop thread; populating runs on the background pool. Metadata is checked and visible at once,
+// the reply follows when the pages are there, so that the first refit after it costs what the
+// second does.
 #pragma once
 
 #include <functional>
@@ -21,11 +22,14 @@ class Registrar {
 
   /// Reads tickets that may still wait on the session's socket.
   std::function<void(Session&)> drain_tickets;
-  /// The module's registration is about to be replaced or removed; running refits of it must know. False: not now.
+  /// The module's registration is about to be replaced or removed; running refits of it must know.
+  /// False: not now.
   std::function<bool(Session&, Module&)> release_module;
 
-  void register_module(Session& session, std::uint64_t request_id, const wire::RegisterModule& message);
-  void unregister_module(Session& session, std::uint64_t request_id, const wire::UnregisterModule& message);
+  void register_module(Session& session, std::uint64_t request_id,
+                       const wire::RegisterModule& message);
+  void unregister_module(Session& session, std::uint64_t request_id,
+                         const wire::UnregisterModule& message);
   /// Closes an fd of unknown kind off the loop thread: closing may block (a network filesystem).
   void close_later(UniqueFd fd);
 

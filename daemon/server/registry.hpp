@@ -23,16 +23,20 @@ class Registry {
   /// The engine `name` of `uid`, or nullptr.
   [[nodiscard]] std::shared_ptr<Session> find_engine(uid_t uid, std::string_view name) const {
     for (const auto& [id, session] : sessions) {
-      if (session->role == Role::engine && session->peer.uid == uid && session->name == name) return session;
+      if (session->role == Role::engine && session->peer.uid == uid && session->name == name)
+        return session;
     }
     return nullptr;
   }
 
-  /// The engine `name` that `asker` may use; otherwise says whether nobody has the name or another uid has.
-  [[nodiscard]] Result<std::shared_ptr<Session>> engine_for(const Session& asker, std::string_view name) const;
+  /// The engine `name` that `asker` may use; otherwise says whether nobody has the name or another
+  /// uid has.
+  [[nodiscard]] Result<std::shared_ptr<Session>> engine_for(const Session& asker,
+                                                            std::string_view name) const;
 
   /// The module of an engine that `asker` may use.
-  [[nodiscard]] Result<std::shared_ptr<Module>> module_of(const Session& engine, std::string_view name) const;
+  [[nodiscard]] Result<std::shared_ptr<Module>> module_of(const Session& engine,
+                                                          std::string_view name) const;
 
   [[nodiscard]] std::size_t count_of(uid_t uid) const;
 };

@@ -2,7 +2,8 @@
 
 namespace refit::daemon {
 
-void Replies::send(Session& session, std::uint64_t request_id, wire::Body type, flatbuffers::Offset<void> body) {
+void Replies::send(Session& session, std::uint64_t request_id, wire::Body type,
+                   flatbuffers::Offset<void> body) {
   wire::ReplyBuilder reply(builder_);
   reply.add_code(static_cast<std::uint16_t>(Errc::ok));
   if (type != wire::Body::NONE) {

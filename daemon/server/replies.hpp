@@ -1,6 +1,8 @@
-// Replies: one reused builder for everything the daemon answers, so that a steady answer allocates nothing.
+// Replies: one reused builder for everything the daemon answers, so that a steady answer allocates
+// nothing.
 //
-// The loop thread alone. A client that lets its replies pile up is reported to whoever set `overrun`.
+// The loop thread alone. A client that lets its replies pile up is reported to whoever set
+// `overrun`.
 #pragma once
 
 #include <functional>
@@ -21,8 +23,11 @@ class Replies {
   }
 
   /// Sends what `body` was built as in builder().
-  void send(Session& session, std::uint64_t request_id, wire::Body type, flatbuffers::Offset<void> body);
-  void send_ok(Session& session, std::uint64_t request_id) { send(session, request_id, wire::Body::NONE, {}); }
+  void send(Session& session, std::uint64_t request_id, wire::Body type,
+            flatbuffers::Offset<void> body);
+  void send_ok(Session& session, std::uint64_t request_id) {
+    send(session, request_id, wire::Body::NONE, {});
+  }
   void send_error(Session& session, std::uint64_t request_id, const Error& error);
 
  private:

@@ -17,8 +17,9 @@ struct DaemonFacts {
   bool draining = false;
 };
 
-void reply_status(Replies& replies, Session& asker, std::uint64_t request_id, const Registry& registry, const DaemonFacts& facts);
-void reply_tensors(Replies& replies, Session& asker, std::uint64_t request_id, const Registry& registry,
-                   const wire::TensorsQuery& query);
+void reply_status(Replies& replies, Session& asker, std::uint64_t request_id,
+                  const Registry& registry, const DaemonFacts& facts);
+void reply_tensors(Replies& replies, Session& asker, std::uint64_t request_id,
+                   const Registry& registry, const wire::TensorsQuery& query);
 
 }  // namespace refit::daemon

@@ -41,7 +41,8 @@ void Scheduler::advance() {
     again_ = false;
     Operation* startable = nullptr;
     for (Operation* operation : pending_) {
-      if (startable == nullptr && available(*operation) && operation->runnable()) startable = operation;
+      if (startable == nullptr && available(*operation) && operation->runnable())
+        startable = operation;
       for (const auto& engine : operation->engines) engine->lock.blocked = true;
     }
     for (Operation* operation : pending_) {

@@ -1,7 +1,8 @@
 // Scheduler: which operation may touch which engine now.
 //
-// A refit needs its engines alone, checks share one. Operations start in the order of arrival as soon as nobody earlier
-// wants one of their engines; disjoint engines run in parallel. The loop thread alone; no clock, no syscall.
+// A refit needs its engines alone, checks share one. Operations start in the order of arrival as
+// soon as nobody earlier wants one of their engines; disjoint engines run in parallel. The loop
+// thread alone; no clock, no syscall.
 #pragma once
 
 #include <memory>
@@ -11,7 +12,8 @@
 
 namespace refit::daemon {
 
-/// Something that needs engines for itself or shared. The scheduler borrows it between enqueue and leave.
+/// Something that needs engines for itself or shared. The scheduler borrows it between enqueue and
+/// leave.
 class Operation {
  public:
   virtual ~Operation() = default;

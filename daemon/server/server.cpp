@@ -37,19 +37,23 @@ constexpr std::size_t kSessionsPerUidMax = 64;
 constexpr std::size_t kConnectingMax = 64;
 constexpr int kRequestsPerTurn = 64;
 
-UniqueFd open_pidfd(pid_t pid) { return UniqueFd::adopt(static_cast<int>(::syscall(SYS_pidfd_open, pid, 0))); }
+UniqueFd open_pidfd(pid_t pid) {
+  return UniqueFd::adopt(static_cast<int>(::syscall(SYS_pidfd_open, pid, 0)));
+}
 
 /// The kernel's word on who connected, and a pidfd that cannot name a reused pid.
 Result<PeerCredentials> peer_of(int socket, UniqueFd& pidfd) {
   ucred credentials{};
   socklen_t length = sizeof credentials;
-  if (::getsockopt(socket, SOL_SOCKET, SO_PEERCRED, &credentials, &length) != 0) return fail_os("SO_PEERCRED", errno);
+  if (::getsockopt(socket, SOL_SOCKET, SO_PEERCRED, &credentials, &length) != 0)
+    return fail_os("SO_PEERCRED", errno);
   int fd = -1;
   length = sizeof fd;
   if (::getsockopt(socket, SOL_SOCKET, SO_PEERPIDFD, &fd, &length) == 0) {
     pidfd = UniqueFd::adopt(fd);
   } else {
-    pidfd = open_pidfd(credentials.pid);  // kernels before 6.5; the peer is connected, so the pid was its own a moment ago
+    pidfd = open_pidfd(credentials.pid);  // kernels before 6.5; the peer is connected, so the pid
+                                          // was its own a moment ago
   }
   if (!pidfd) return fail_os("opening a pidfd of pid " + std::to_string(credentials.pid), errno);
   return PeerCredentials{credentials.uid, credentials.gid, credentials.pid};
@@ -58,27 +62,35 @@ Result<PeerCredentials> peer_of(int socket, UniqueFd& pidfd) {
 unsigned cores() { return std::max(1U, std::thread::hardware_concurrency()); }
 
 Result<Hello> decode_hello(const ReceivedMessage& message) {
-  if (message.preamble.protocol_version != kProtocolVersion || message.preamble.layout_hash != kLayoutHash) {
+  if (message.preamble.protocol_version != kProtocolVersion ||
+      message.preamble.layout_hash != kLayoutHash) {
     char text[200];
     std::snprintf(text, sizeof text,
-                  "the client speaks protocol %u, layout %016llx; this daemon speaks protocol %u, layout %016llx: build both from one release",
-                  message.preamble.protocol_version, static_cast<unsigned long long>(message.preamble.layout_hash), kProtocolVersion,
+                  "the client speaks protocol %u, layout %016llx; this daemon speaks protocol %u, "
+                  "layout %016llx: build both from one release",
+                  message.preamble.protocol_version,
+                  static_cast<unsigned long long>(message.preamble.layout_hash), kProtocolVersion,
                   static_cast<unsigned long long>(kLayoutHash));
     return fail(Errc::protocol_version, text);
   }
   const auto* hello = message.preamble.kind == static_cast<std::uint16_t>(SocketMessage::hello)
                           ? verified_root<wire::Hello>(message.body.data(), message.body.size())
                           : nullptr;
-  if (hello == nullptr) return fail(Errc::protocol, "the first message is not a HELLO that verifies");
-  if (hello->role() > static_cast<std::uint8_t>(Role::observer)) return fail(Errc::bad_argument, "HELLO names a role that does not exist");
-  if (hello->waiting() > static_cast<std::uint8_t>(Waiting::always)) return fail(Errc::bad_argument, "HELLO names a waiting mode that does not exist");
+  if (hello == nullptr)
+    return fail(Errc::protocol, "the first message is not a HELLO that verifies");
+  if (hello->role() > static_cast<std::uint8_t>(Role::observer))
+    return fail(Errc::bad_argument, "HELLO names a role that does not exist");
+  if (hello->waiting() > static_cast<std::uint8_t>(Waiting::always))
+    return fail(Errc::bad_argument, "HELLO names a waiting mode that does not exist");
   REFIT_TRY_ASSIGN(std::string name, decode_name(hello->name(), "session"));
-  return Hello{static_cast<Role>(hello->role()), std::move(name), static_cast<Waiting>(hello->waiting())};
+  return Hello{static_cast<Role>(hello->role()), std::move(name),
+               static_cast<Waiting>(hello->waiting())};
 }
 
 }  // namespace
 
-Server::Server(const Options& options, Listener listener, CompletionQueue completions, std::unique_ptr<CopyPool> copy_pool)
+Server::Server(const Options& options, Listener listener, CompletionQueue completions,
+               std::unique_ptr<CopyPool> copy_pool)
     : options_(options),
       listener_(std::move(listener)),
       started_(Clock::now()),
@@ -87,21 +99,27 @@ Server::Server(const Options& options, Listener listener, CompletionQueue comple
 
 Result<std::unique_ptr<Server>> Server::create(const Options& options, Listener listener) {
   if (options.waiting == Waiting::always && cores() < 2) {
-    return fail(Errc::not_enough_cores, "--waiting always needs at least 2 cores: one for the daemon, one for a client");
+    return fail(Errc::not_enough_cores,
+                "--waiting always needs at least 2 cores: one for the daemon, one for a client");
   }
   REFIT_TRY_ASSIGN(auto copy_pool, CopyPool::create(options.copy_threads));
   REFIT_TRY_ASSIGN(auto completions, CompletionQueue::create());
-  std::unique_ptr<Server> server(new Server(options, std::move(listener), std::move(completions), std::move(copy_pool)));
+  std::unique_ptr<Server> server(
+      new Server(options, std::move(listener), std::move(completions), std::move(copy_pool)));
   REFIT_TRY(server->set_up());
   return server;
 }
 
 Result<void> Server::set_up() {
-  background_ = std::make_unique<BackgroundPool>(options_.check_threads == 0 ? cores() : options_.check_threads, completions_);
+  background_ = std::make_unique<BackgroundPool>(
+      options_.check_threads == 0 ? cores() : options_.check_threads, completions_);
   registrar_ = std::make_unique<Registrar>(registry_, replies_, scheduler_, *background_);
-  refits_ = std::make_unique<Refits>(registry_, scheduler_, replies_, *copy_pool_, completions_, options_.waiting);
+  refits_ = std::make_unique<Refits>(registry_, scheduler_, replies_, *copy_pool_, completions_,
+                                     options_.waiting);
   checker_ = std::make_unique<Checker>(registry_, scheduler_, replies_, *background_);
-  replies_.overrun = [this](Session& session) { end_session(session, "it does not read its replies"); };
+  replies_.overrun = [this](Session& session) {
+    end_session(session, "it does not read its replies");
+  };
   registrar_->drain_tickets = [this](Session& session) { drain_tickets(session); };
   registrar_->release_module = [this](Session& session, Module& module) {
     if (!refits_->on_registration_end(session, module)) return false;
@@ -154,7 +172,8 @@ Result<void> Server::set_up() {
     if (code < 0) return fail_os("watching signals", -code);
     signal_sources_.emplace_back(source);
   }
-  if (const int watchdog = sd_event_set_watchdog(event, 1); watchdog < 0) return fail_os("arming the watchdog", -watchdog);
+  if (const int watchdog = sd_event_set_watchdog(event, 1); watchdog < 0)
+    return fail_os("arming the watchdog", -watchdog);
   return {};
 }
 
@@ -170,8 +189,10 @@ Server::~Server() {
 }
 
 Result<void> Server::run() {
-  sd_notifyf(0, "READY=1\nSTATUS=Serving %s", listener_.path().empty() ? "systemd's socket" : listener_.path().c_str());
-  spdlog::info("serving {} (waiting {}, {} copy threads, kernel {})", listener_.path().empty() ? "systemd's socket" : listener_.path(),
+  sd_notifyf(0, "READY=1\nSTATUS=Serving %s",
+             listener_.path().empty() ? "systemd's socket" : listener_.path().c_str());
+  spdlog::info("serving {} (waiting {}, {} copy threads, kernel {})",
+               listener_.path().empty() ? "systemd's socket" : listener_.path(),
                waiting_name(options_.waiting), copy_pool_->thread_count(), copy_kernel_name());
   const bool never_block = options_.waiting == Waiting::always;
   std::uint32_t turns = 0;
@@ -179,7 +200,8 @@ Result<void> Server::run() {
     if (draining_ && refits_->idle() && checker_->idle()) break;
     if (never_block && !registry_.sessions.empty()) {
       poll_everything();
-      // The kernel's events (connections, deaths, timers) are looked at now and then; rings are read without it.
+      // The kernel's events (connections, deaths, timers) are looked at now and then; rings are
+      // read without it.
       constexpr std::uint32_t kReadsPerLook = 1024;
       if (++turns % kReadsPerLook != 0) continue;
     }
@@ -207,7 +229,8 @@ void Server::poll_everything() {
 
 void Server::on_listener() {
   for (;;) {
-    UniqueFd socket = UniqueFd::adopt(::accept4(listener_.fd(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
+    UniqueFd socket =
+        UniqueFd::adopt(::accept4(listener_.fd(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
     if (!socket) return;
     if (draining_) {
       refuse(socket.get(), {Errc::shutting_down, 0, "the daemon is shutting down", {}});
@@ -226,8 +249,9 @@ void Server::on_listener() {
         event_.get(), &source, fd, EPOLLIN,
         [](sd_event_source*, int ready, std::uint32_t, void* self) {
           auto& server = *static_cast<Server*>(self);
-          const auto found = std::find_if(server.connecting_.begin(), server.connecting_.end(),
-                                          [ready](const auto& entry) { return entry->socket.get() == ready; });
+          const auto found =
+              std::find_if(server.connecting_.begin(), server.connecting_.end(),
+                           [ready](const auto& entry) { return entry->socket.get() == ready; });
           if (found != server.connecting_.end()) server.on_hello(**found);
           return 0;
         },
@@ -243,7 +267,8 @@ void Server::refuse(int socket, const Error& error) {
   const auto message = fbb.CreateString(error.message);
   fbb.Finish(wire::CreateNak(fbb, static_cast<std::uint16_t>(error.code), message));
   // A peer that does not even read its refusal gets none.
-  [[maybe_unused]] const auto sent = send_message(socket, SocketMessage::nak, fbb.GetBufferPointer(), fbb.GetSize(), nullptr, 0);
+  [[maybe_unused]] const auto sent =
+      send_message(socket, SocketMessage::nak, fbb.GetBufferPointer(), fbb.GetSize(), nullptr, 0);
 }
 
 void Server::on_hello(Connecting& connecting) {
@@ -252,15 +277,18 @@ void Server::on_hello(Connecting& connecting) {
   if (outcome == Receive::nothing_yet) return;
   if (outcome == Receive::message) {
     auto hello = decode_hello(message);
-    auto session = hello ? admit(connecting, *hello) : Result<std::shared_ptr<Session>>(Unexpected(hello.error()));
+    auto session = hello ? admit(connecting, *hello)
+                         : Result<std::shared_ptr<Session>>(Unexpected(hello.error()));
     if (!session) {
-      if (session.error().code != Errc::os) spdlog::warn("refused a client: {}", session.error().message);
+      if (session.error().code != Errc::os)
+        spdlog::warn("refused a client: {}", session.error().message);
       refuse(connecting.socket.get(), session.error());
     } else if (options_.verbose) {
       spdlog::info("{} of uid {} connected", (*session)->label(), (*session)->peer.uid);
     }
   } else if (outcome == Receive::peer_broke_protocol) {
-    refuse(connecting.socket.get(), {Errc::protocol, 0, "that was no HELLO of refit's protocol", {}});
+    refuse(connecting.socket.get(),
+           {Errc::protocol, 0, "that was no HELLO of refit's protocol", {}});
   }
   std::erase_if(connecting_, [&](const auto& entry) { return entry.get() == &connecting; });
 }
@@ -269,20 +297,28 @@ Result<std::shared_ptr<Session>> Server::admit(Connecting& connecting, const Hel
   UniqueFd pidfd;
   REFIT_TRY_ASSIGN(const PeerCredentials peer, peer_of(connecting.socket.get(), pidfd));
   if (registry_.count_of(peer.uid) >= kSessionsPerUidMax) {
-    return fail(Errc::quota, "uid " + std::to_string(peer.uid) + " has " + std::to_string(kSessionsPerUidMax) + " sessions, which is the limit");
+    return fail(Errc::quota, "uid " + std::to_string(peer.uid) + " has " +
+                                 std::to_string(kSessionsPerUidMax) +
+                                 " sessions, which is the limit");
   }
   if (hello.role == Role::engine) {
     if (const auto holder = registry_.find_engine(peer.uid, hello.name)) {
-      return fail(Errc::name_taken, "engine " + hello.name + " is held by pid " + std::to_string(holder->peer.pid) + " (session " +
+      return fail(Errc::name_taken, "engine " + hello.name + " is held by pid " +
+                                        std::to_string(holder->peer.pid) + " (session " +
                                         std::to_string(holder->id) + ")");
     }
   }
   if (hello.waiting == Waiting::always && cores() < spinning_sessions_ + 2) {
-    return fail(Errc::not_enough_cores, "waiting mode `always` needs a core for the daemon and for each spinning client; this host has " +
-                                            std::to_string(cores()));
+    return fail(Errc::not_enough_cores,
+                "waiting mode `always` needs a core for the daemon and for each spinning client; "
+                "this host has " +
+                    std::to_string(cores()));
   }
-  REFIT_TRY_ASSIGN(auto session, Session::open(next_session_++, UniqueFd::adopt(::fcntl(connecting.socket.get(), F_DUPFD_CLOEXEC, 3)), peer,
-                                               std::move(pidfd), hello.role, hello.name, options_.waiting, own_pidfd_.get()));
+  REFIT_TRY_ASSIGN(
+      auto session,
+      Session::open(next_session_++,
+                    UniqueFd::adopt(::fcntl(connecting.socket.get(), F_DUPFD_CLOEXEC, 3)), peer,
+                    std::move(pidfd), hello.role, hello.name, options_.waiting, own_pidfd_.get()));
   REFIT_TRY(watch(session));
   if (hello.waiting == Waiting::always) {
     session->spins = true;
@@ -293,27 +329,32 @@ Result<std::shared_ptr<Session>> Server::admit(Connecting& connecting, const Hel
 }
 
 Result<void> Server::watch(const std::shared_ptr<Session>& session) {
-  // Handlers get the session's address; it stays valid until bury(), which runs outside of handlers.
+  // Handlers get the session's address; it stays valid until bury(), which runs outside of
+  // handlers.
   session->server = this;
-  const auto add = [&](int fd, std::uint32_t events, sd_event_io_handler_t handler) -> Result<void> {
+  const auto add = [&](int fd, std::uint32_t events,
+                       sd_event_io_handler_t handler) -> Result<void> {
     sd_event_source* source = nullptr;
-    if (const int code = sd_event_add_io(event_.get(), &source, fd, events, handler, session.get()); code < 0) {
+    if (const int code = sd_event_add_io(event_.get(), &source, fd, events, handler, session.get());
+        code < 0) {
       return fail_os("watching a session", -code);
     }
     session->sources.emplace_back(source);
     return {};
   };
   // Edge-triggered: a doorbell is never read, which saves a system call for each ring.
-  REFIT_TRY(add(session->daemon_doorbell_fd(), EPOLLIN | EPOLLET, [](sd_event_source*, int, std::uint32_t, void* self) {
-    auto& one = *static_cast<Session*>(self);
-    one.server->on_doorbell(one);
-    return 0;
-  }));
-  REFIT_TRY(add(session->socket.get(), EPOLLIN | EPOLLRDHUP, [](sd_event_source*, int, std::uint32_t events, void* self) {
-    auto& one = *static_cast<Session*>(self);
-    one.server->on_socket(one, events);
-    return 0;
-  }));
+  REFIT_TRY(add(session->daemon_doorbell_fd(), EPOLLIN | EPOLLET,
+                [](sd_event_source*, int, std::uint32_t, void* self) {
+                  auto& one = *static_cast<Session*>(self);
+                  one.server->on_doorbell(one);
+                  return 0;
+                }));
+  REFIT_TRY(add(session->socket.get(), EPOLLIN | EPOLLRDHUP,
+                [](sd_event_source*, int, std::uint32_t events, void* self) {
+                  auto& one = *static_cast<Session*>(self);
+                  one.server->on_socket(one, events);
+                  return 0;
+                }));
   // A client that forked keeps its socket open after death; the pidfd tells.
   return add(session->pidfd.get(), EPOLLIN, [](sd_event_source*, int, std::uint32_t, void* self) {
     auto& one = *static_cast<Session*>(self);
@@ -343,7 +384,8 @@ void Server::on_doorbell(Session& session) {
 void Server::on_socket(Session& session, std::uint32_t events) {
   drain_tickets(session);
   if (session.closed) return;
-  if ((events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR)) != 0) end_session(session, "it closed its socket");
+  if ((events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR)) != 0)
+    end_session(session, "it closed its socket");
 }
 
 void Server::drain_tickets(Session& session) {
@@ -351,23 +393,31 @@ void Server::drain_tickets(Session& session) {
   for (;;) {
     if (session.closed) return;
     switch (receive_message(session.socket.get(), message)) {
-      case Receive::nothing_yet: return;
-      case Receive::closed: return;  // the hangup event ends the session
-      case Receive::peer_broke_protocol: return violate(session, "a message on its socket was truncated or is not refit's");
-      case Receive::message: break;
+      case Receive::nothing_yet:
+        return;
+      case Receive::closed:
+        return;  // the hangup event ends the session
+      case Receive::peer_broke_protocol:
+        return violate(session, "a message on its socket was truncated or is not refit's");
+      case Receive::message:
+        break;
     }
     TicketBody body;
-    if (message.preamble.kind != static_cast<std::uint16_t>(SocketMessage::ticket) || message.body.size() != sizeof body ||
-        message.fds.size() != 1) {
+    if (message.preamble.kind != static_cast<std::uint16_t>(SocketMessage::ticket) ||
+        message.body.size() != sizeof body || message.fds.size() != 1) {
       for (UniqueFd& fd : message.fds) registrar_->close_later(std::move(fd));
       return violate(session, "its socket carried something other than a ticket with one fd");
     }
     std::memcpy(&body, message.body.data(), sizeof body);
-    if (session.tickets.size() >= Session::kUnclaimedTicketsMax || session.tickets.count(body.ticket) != 0) {
+    if (session.tickets.size() >= Session::kUnclaimedTicketsMax ||
+        session.tickets.count(body.ticket) != 0) {
       registrar_->close_later(std::move(message.fds.front()));
-      return violate(session, session.tickets.count(body.ticket) != 0 ? "it used a ticket twice" : "it left more than 64 tickets unclaimed");
+      return violate(session, session.tickets.count(body.ticket) != 0
+                                  ? "it used a ticket twice"
+                                  : "it left more than 64 tickets unclaimed");
     }
-    session.tickets.emplace(body.ticket, Session::Ticket{std::move(message.fds.front()), Clock::now() + Session::kTicketLife});
+    session.tickets.emplace(body.ticket, Session::Ticket{std::move(message.fds.front()),
+                                                         Clock::now() + Session::kTicketLife});
   }
 }
 
@@ -409,16 +459,19 @@ void Server::bury() {
 template <typename Message, typename Handler>
 void Server::with_message(Session& session, const Session::Request& request, Handler&& handler) {
   const Message* message = verified_root<Message>(request.payload, request.payload_bytes);
-  if (message == nullptr) return violate(session, "a request does not verify as its opcode's message");
+  if (message == nullptr)
+    return violate(session, "a request does not verify as its opcode's message");
   handler(*message);
 }
 
 void Server::dispatch(Session& session, const Session::Request& request) {
   const auto now = Clock::now();
-  const bool starts_work = request.opcode == wire::Opcode::refit || request.opcode == wire::Opcode::register_module ||
-                           request.opcode == wire::Opcode::check || request.opcode == wire::Opcode::digest;
+  const bool starts_work =
+      request.opcode == wire::Opcode::refit || request.opcode == wire::Opcode::register_module ||
+      request.opcode == wire::Opcode::check || request.opcode == wire::Opcode::digest;
   if (draining_ && starts_work) {
-    return replies_.send_error(session, request.id, {Errc::shutting_down, 0, "the daemon is shutting down", {}});
+    return replies_.send_error(session, request.id,
+                               {Errc::shutting_down, 0, "the daemon is shutting down", {}});
   }
   switch (request.opcode) {
     case wire::Opcode::ping:
@@ -427,38 +480,45 @@ void Server::dispatch(Session& session, const Session::Request& request) {
         replies_.send_ok(session, request.id);
       });
     case wire::Opcode::register_module:
-      return with_message<wire::RegisterModule>(
-          session, request, [&](const auto& message) { registrar_->register_module(session, request.id, message); });
+      return with_message<wire::RegisterModule>(session, request, [&](const auto& message) {
+        registrar_->register_module(session, request.id, message);
+      });
     case wire::Opcode::unregister_module:
-      return with_message<wire::UnregisterModule>(
-          session, request, [&](const auto& message) { registrar_->unregister_module(session, request.id, message); });
+      return with_message<wire::UnregisterModule>(session, request, [&](const auto& message) {
+        registrar_->unregister_module(session, request.id, message);
+      });
     case wire::Opcode::refit:
-      return with_message<wire::Refit>(session, request,
-                                       [&](const auto& message) { refits_->begin(session, request.id, message, now); });
+      return with_message<wire::Refit>(session, request, [&](const auto& message) {
+        refits_->begin(session, request.id, message, now);
+      });
     case wire::Opcode::check:
-      return with_message<wire::Check>(session, request,
-                                       [&](const auto& message) { checker_->begin_check(session, request.id, message, now); });
+      return with_message<wire::Check>(session, request, [&](const auto& message) {
+        checker_->begin_check(session, request.id, message, now);
+      });
     case wire::Opcode::digest:
-      return with_message<wire::DigestQuery>(session, request,
-                                             [&](const auto& message) { checker_->begin_digest(session, request.id, message, now); });
+      return with_message<wire::DigestQuery>(session, request, [&](const auto& message) {
+        checker_->begin_digest(session, request.id, message, now);
+      });
     case wire::Opcode::status:
       return with_message<wire::StatusQuery>(session, request, [&](const auto&) {
         const auto uptime = std::chrono::duration_cast<std::chrono::microseconds>(now - started_);
         reply_status(replies_, session, request.id, registry_,
-                     {static_cast<std::uint64_t>(uptime.count()), refits_->committed_count(), copy_pool_->thread_count(),
-                      listener_.path(), options_.waiting, draining_});
+                     {static_cast<std::uint64_t>(uptime.count()), refits_->committed_count(),
+                      copy_pool_->thread_count(), listener_.path(), options_.waiting, draining_});
       });
     case wire::Opcode::tensors:
       return with_message<wire::TensorsQuery>(session, request, [&](const auto& message) {
         reply_tensors(replies_, session, request.id, registry_, message);
       });
   }
-  violate(session, "opcode " + std::to_string(static_cast<unsigned>(request.opcode)) + " does not exist");
+  violate(session,
+          "opcode " + std::to_string(static_cast<unsigned>(request.opcode)) + " does not exist");
 }
 
 // ---- time and signals
 
-/// The timer is only ever moved forward in time when it fires: a refit that ends in time costs no system call here.
+/// The timer is only ever moved forward in time when it fires: a refit that ends in time costs no
+/// system call here.
 void Server::arm_timer() {
   auto next = std::min({refits_->next_deadline(), checker_->next_deadline(), drain_until_});
   for (const auto& connecting : connecting_) next = std::min(next, connecting->expires);
@@ -467,8 +527,10 @@ void Server::arm_timer() {
   }
   if (next >= timer_armed_) return;
   timer_armed_ = next;
-  const auto us = std::chrono::duration_cast<std::chrono::microseconds>(next.time_since_epoch()).count();
-  sd_event_source_set_time(timer_.get(), static_cast<std::uint64_t>(std::max<std::int64_t>(us, 0)) + 1);
+  const auto us =
+      std::chrono::duration_cast<std::chrono::microseconds>(next.time_since_epoch()).count();
+  sd_event_source_set_time(timer_.get(),
+                           static_cast<std::uint64_t>(std::max<std::int64_t>(us, 0)) + 1);
   sd_event_source_set_enabled(timer_.get(), SD_EVENT_ONESHOT);
 }
 
@@ -494,17 +556,19 @@ void Server::on_timer() {
   }
   if (now >= drain_until_) {
     drain_until_ = Clock::time_point::max();
-    const Error reason{Errc::shutting_down, 0, "the daemon is shutting down; nothing was changed", {}};
+    const Error reason{
+        Errc::shutting_down, 0, "the daemon is shutting down; nothing was changed", {}};
     refits_->cancel_waiting(reason);
     checker_->cancel_waiting(reason);
   }
 }
 
-/// What runs may finish, what comes is refused. A second signal calls off what waits; a write is always finished, because
-/// ending in the middle of one would poison the module.
+/// What runs may finish, what comes is refused. A second signal calls off what waits; a write is
+/// always finished, because ending in the middle of one would poison the module.
 void Server::begin_drain(int signal) {
   spdlog::info("signal {}: draining", signal);
-  drain_until_ = draining_ ? Clock::now() : Clock::now() + std::chrono::milliseconds(options_.drain_timeout_ms);
+  drain_until_ = draining_ ? Clock::now()
+                           : Clock::now() + std::chrono::milliseconds(options_.drain_timeout_ms);
   if (!draining_) sd_notify(0, "STOPPING=1\nSTATUS=Draining");
   draining_ = true;
 }

@@ -1,7 +1,8 @@
-// Server: the event loop: accepts clients, reads their rings, hands each request to whoever answers it.
+// Server: the event loop: accepts clients, reads their rings, hands each request to whoever answers
+// it.
 //
-// One thread runs the loop and owns all state here; copying and hashing happen on the pools. Clients can end their own
-// session by what they send, and nothing else.
+// One thread runs the loop and owns all state here; copying and hashing happen on the pools.
+// Clients can end their own session by what they send, and nothing else.
 #pragma once
 
 #include <memory>
@@ -31,7 +32,8 @@ class Server {
   Result<void> run();
 
  private:
-  Server(const Options& options, Listener listener, CompletionQueue completions, std::unique_ptr<CopyPool> copy_pool);
+  Server(const Options& options, Listener listener, CompletionQueue completions,
+         std::unique_ptr<CopyPool> copy_pool);
   Result<void> set_up();
 
   // connecting
@@ -93,7 +95,8 @@ class Server {
   Clock::time_point drain_until_ = Clock::time_point::max();
   bool draining_ = false;
   std::vector<std::unique_ptr<Connecting>> connecting_;
-  std::vector<std::shared_ptr<Session>> dead_;  ///< ended in this turn; freed when no handler of theirs is running
+  std::vector<std::shared_ptr<Session>>
+      dead_;  ///< ended in this turn; freed when no handler of theirs is running
   std::uint64_t next_session_ = 1;
   unsigned spinning_sessions_ = 0;
 };

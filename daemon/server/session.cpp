@@ -19,22 +19,24 @@ Result<std::shared_ptr<SessionMemory>> make_memory(UniqueFd& request_fd, UniqueF
   constexpr int kSeals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
   REFIT_TRY_ASSIGN(request_fd, make_memfd("refit-request", kRequestRegionBytes));
   REFIT_TRY(back_with_memory(request_fd.get(), kRequestRegionBytes, "refit-request"));
-  REFIT_TRY_ASSIGN(memory->request,
-                   Mapping::map(request_fd.get(), kRequestRegionBytes, Access::read_write, "refit-request"));
+  REFIT_TRY_ASSIGN(memory->request, Mapping::map(request_fd.get(), kRequestRegionBytes,
+                                                 Access::read_write, "refit-request"));
   REFIT_TRY(add_seals(request_fd.get(), kSeals, "refit-request"));
   REFIT_TRY_ASSIGN(response_fd, make_memfd("refit-response", kResponseRegionBytes));
   REFIT_TRY(back_with_memory(response_fd.get(), kResponseRegionBytes, "refit-response"));
   // Our writable mapping must exist before the seal that lets nobody make another.
-  REFIT_TRY_ASSIGN(memory->response,
-                   Mapping::map(response_fd.get(), kResponseRegionBytes, Access::read_write, "refit-response"));
+  REFIT_TRY_ASSIGN(memory->response, Mapping::map(response_fd.get(), kResponseRegionBytes,
+                                                  Access::read_write, "refit-response"));
   REFIT_TRY(add_seals(response_fd.get(), kSeals | F_SEAL_FUTURE_WRITE, "refit-response"));
   return memory;
 }
 
 }  // namespace
 
-Result<std::shared_ptr<Session>> Session::open(std::uint64_t id, UniqueFd socket, PeerCredentials peer, UniqueFd pidfd,
-                                               Role role, std::string name, Waiting daemon_waiting, int daemon_pidfd) {
+Result<std::shared_ptr<Session>> Session::open(std::uint64_t id, UniqueFd socket,
+                                               PeerCredentials peer, UniqueFd pidfd, Role role,
+                                               std::string name, Waiting daemon_waiting,
+                                               int daemon_pidfd) {
   std::shared_ptr<Session> session(new Session);
   session->id = id;
   session->role = role;
@@ -48,12 +50,15 @@ Result<std::shared_ptr<Session>> Session::open(std::uint64_t id, UniqueFd socket
   REFIT_TRY_ASSIGN(session->client_doorbell_, Doorbell::create());
   RequestRegion& request = session->memory->request_region();
   ResponseRegion& response = session->memory->response_region();
-  session->requests_ = std::make_unique<RingConsumer>(request.request_tail, response.request_head, request.requests);
-  session->replies_ = std::make_unique<RingProducer>(response.response_tail, request.response_head, response.responses);
+  session->requests_ =
+      std::make_unique<RingConsumer>(request.request_tail, response.request_head, request.requests);
+  session->replies_ = std::make_unique<RingProducer>(response.response_tail, request.response_head,
+                                                     response.responses);
   if (daemon_waiting == Waiting::always) response.daemon_awake.store(1);
 
   flatbuffers::FlatBufferBuilder fbb;
-  fbb.Finish(wire::CreateWelcome(fbb, id, kRequestRegionBytes, kResponseRegionBytes, fbb.CreateString(kVersion),
+  fbb.Finish(wire::CreateWelcome(fbb, id, kRequestRegionBytes, kResponseRegionBytes,
+                                 fbb.CreateString(kVersion),
                                  static_cast<std::uint8_t>(daemon_waiting)));
   int fds[kWelcomeFdCount];
   fds[kRequestRegionFd] = request_fd.get();
@@ -61,24 +66,27 @@ Result<std::shared_ptr<Session>> Session::open(std::uint64_t id, UniqueFd socket
   fds[kDaemonDoorbellFd] = session->daemon_doorbell_.fd();
   fds[kClientDoorbellFd] = session->client_doorbell_.fd();
   fds[kDaemonPidfd] = daemon_pidfd;
-  REFIT_TRY(send_message(socket.get(), SocketMessage::welcome, fbb.GetBufferPointer(), fbb.GetSize(), fds, kWelcomeFdCount));
+  REFIT_TRY(send_message(socket.get(), SocketMessage::welcome, fbb.GetBufferPointer(),
+                         fbb.GetSize(), fds, kWelcomeFdCount));
   session->socket = std::move(socket);
   return session;
 }
 
 std::string Session::label() const {
-  return std::string(role_name(role)) + " " + name + " (session " + std::to_string(id) + ", pid " + std::to_string(peer.pid) +
-         ")";
+  return std::string(role_name(role)) + " " + name + " (session " + std::to_string(id) + ", pid " +
+         std::to_string(peer.pid) + ")";
 }
 
 Session::Next Session::next_request(Request& out, std::string& reason) {
   Descriptor descriptor;
   switch (requests_->peek(descriptor)) {
-    case RingConsumer::Peek::empty: return Next::none;
+    case RingConsumer::Peek::empty:
+      return Next::none;
     case RingConsumer::Peek::peer_broke_protocol:
       reason = "its ring position is impossible";
       return Next::violation;
-    case RingConsumer::Peek::message: break;
+    case RingConsumer::Peek::message:
+      break;
   }
   constexpr std::uint64_t kArena = offsetof(RequestRegion, arena);
   if (descriptor.payload_bytes > kPayloadBytesMax || descriptor.payload_offset < kArena ||
@@ -108,7 +116,8 @@ bool Session::reply(std::uint64_t request_id, const flatbuffers::FlatBufferBuild
   const std::uint64_t free_from = consumed == 0 ? 0 : payload_ends_[(consumed - 1) % kRingSlots];
   std::uint64_t start = payload_position_;
   // A payload never wraps: what does not fit before the end starts over at the beginning.
-  if (start % kReplyAreaBytes + bytes > kReplyAreaBytes) start += kReplyAreaBytes - start % kReplyAreaBytes;
+  if (start % kReplyAreaBytes + bytes > kReplyAreaBytes)
+    start += kReplyAreaBytes - start % kReplyAreaBytes;
   const std::uint64_t end = start + ((bytes + 63) & ~std::uint64_t{63});
   const bool idle = consumed == replies_->position();
   if (!idle && end - free_from > kReplyAreaBytes) return false;

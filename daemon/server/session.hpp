@@ -1,7 +1,9 @@
-// Session: the daemon's end of one client: credentials, rings, doorbells, tickets, registered modules.
+// Session: the daemon's end of one client: credentials, rings, doorbells, tickets, registered
+// modules.
 //
-// The loop thread alone. Everything read from the request region is untrusted: descriptors and payloads are copied out,
-// bounded and verified before use. Running copies and state words outlive a session through SessionMemory and Registration.
+// The loop thread alone. Everything read from the request region is untrusted: descriptors and
+// payloads are copied out, bounded and verified before use. Running copies and state words outlive
+// a session through SessionMemory and Registration.
 #pragma once
 
 #include <sys/types.h>
@@ -34,17 +36,21 @@ struct PeerCredentials {
   pid_t pid = 0;
 };
 
-/// The two regions of a session. Shared, because the words must stay mapped as long as a transaction writes them.
+/// The two regions of a session. Shared, because the words must stay mapped as long as a
+/// transaction writes them.
 struct SessionMemory {
   Mapping request;
   Mapping response;
-  [[nodiscard]] RequestRegion& request_region() const noexcept { return *reinterpret_cast<RequestRegion*>(request.data()); }
+  [[nodiscard]] RequestRegion& request_region() const noexcept {
+    return *reinterpret_cast<RequestRegion*>(request.data());
+  }
   [[nodiscard]] ResponseRegion& response_region() const noexcept {
     return *reinterpret_cast<ResponseRegion*>(response.data());
   }
 };
 
-/// A checked manifest with its memory mapped. Immutable but for `populated`, which the loop thread sets once.
+/// A checked manifest with its memory mapped. Immutable but for `populated`, which the loop thread
+/// sets once.
 struct Registration {
   std::shared_ptr<const Manifest> manifest;
   std::vector<Mapping> regions;
@@ -68,8 +74,8 @@ struct Module {
   PhaseTimes last;
 };
 
-/// Who may touch an engine now: one transaction, or any number of checks. `blocked` marks engines that an earlier waiting
-/// operation wants while the queue is walked.
+/// Who may touch an engine now: one transaction, or any number of checks. `blocked` marks engines
+/// that an earlier waiting operation wants while the queue is walked.
 struct EngineLock {
   bool exclusive = false;
   unsigned shared = 0;
@@ -83,9 +89,12 @@ using EventSource = std::unique_ptr<sd_event_source, EventSourceDeleter>;
 
 class Session {
  public:
-  /// Makes the regions, seals them, sends WELCOME. The fds that the client needs are sent, not kept.
-  static Result<std::shared_ptr<Session>> open(std::uint64_t id, UniqueFd socket, PeerCredentials peer, UniqueFd pidfd,
-                                               Role role, std::string name, Waiting daemon_waiting, int daemon_pidfd);
+  /// Makes the regions, seals them, sends WELCOME. The fds that the client needs are sent, not
+  /// kept.
+  static Result<std::shared_ptr<Session>> open(std::uint64_t id, UniqueFd socket,
+                                               PeerCredentials peer, UniqueFd pidfd, Role role,
+                                               std::string name, Waiting daemon_waiting,
+                                               int daemon_pidfd);
 
   /// "engine flux (session 3, pid 812)", for messages and logs.
   [[nodiscard]] std::string label() const;
@@ -103,7 +112,8 @@ class Session {
   Next next_request(Request& out, std::string& reason);
   [[nodiscard]] bool has_request() const noexcept { return !requests_->empty(); }
 
-  /// Publishes a finished Reply. False if the client lets its replies pile up: the session must end.
+  /// Publishes a finished Reply. False if the client lets its replies pile up: the session must
+  /// end.
   [[nodiscard]] bool reply(std::uint64_t request_id, const flatbuffers::FlatBufferBuilder& builder);
 
   void wake_client() const noexcept {
@@ -135,11 +145,12 @@ class Session {
   // engines only
   EngineLock lock;
   std::uint64_t gate_epoch = 0;
-  float last_gate_us = 0;  ///< how long the engine took to answer last; says whether reading for it is worth while
+  float last_gate_us =
+      0;  ///< how long the engine took to answer last; says whether reading for it is worth while
 
   std::vector<EventSource> sources;
   Server* server = nullptr;  ///< whose loop the sources belong to
-  bool spins = false;              ///< its client waits in mode `always`
+  bool spins = false;        ///< its client waits in mode `always`
   /// Another edge for this session's own doorbell.
   void ring_myself() const noexcept { daemon_doorbell_.ring(); }
   [[nodiscard]] int daemon_doorbell_fd() const noexcept { return daemon_doorbell_.fd(); }
@@ -152,7 +163,8 @@ class Session {
   std::unique_ptr<RingConsumer> requests_;
   std::unique_ptr<RingProducer> replies_;
   std::vector<std::byte> payload_;  ///< private copy of the request under work
-  /// Absolute end position of each reply's payload, by ring slot: what the client has consumed is free again.
+  /// Absolute end position of each reply's payload, by ring slot: what the client has consumed is
+  /// free again.
   std::array<std::uint64_t, kRingSlots> payload_ends_{};
   std::uint64_t payload_position_ = 0;
 };

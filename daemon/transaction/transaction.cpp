@@ -36,15 +36,20 @@ AnswerState Transaction::answer(const EngineGate& engine) const {
   return word.epoch == engine.epoch ? word.state : AnswerState::none;
 }
 
-bool Transaction::ready(std::size_t engine) const { return answer(engines_[engine]) == AnswerState::ready; }
+bool Transaction::ready(std::size_t engine) const {
+  return answer(engines_[engine]) == AnswerState::ready;
+}
 
 Transaction::Readiness Transaction::readiness() const {
   Readiness readiness = Readiness::all_ready;
   for (const EngineGate& engine : engines_) {
     switch (answer(engine)) {
-      case AnswerState::withdrawn: return Readiness::withdrawn;
-      case AnswerState::ready: break;
-      default: readiness = Readiness::waiting;
+      case AnswerState::withdrawn:
+        return Readiness::withdrawn;
+      case AnswerState::ready:
+        break;
+      default:
+        readiness = Readiness::waiting;
     }
   }
   return readiness;
@@ -53,11 +58,12 @@ Transaction::Readiness Transaction::readiness() const {
 bool Transaction::begin_writing() {
   for (ModuleWrite& module : modules_) {
     module.word_before = module.block->word.load();
-    module.word = fill_next_record(*module.block, engines_[module.engine].epoch, ModuleState::writing, id_, module.version);
+    module.word = fill_next_record(*module.block, engines_[module.engine].epoch,
+                                   ModuleState::writing, id_, module.version);
     module.block->word.store(module.word.pack());
   }
-  // Store, then load: an engine that withdraws stores its answer and then loads these words, so at least one of the two
-  // sees the other. Pairs with Gate::withdraw.
+  // Store, then load: an engine that withdraws stores its answer and then loads these words, so at
+  // least one of the two sees the other. Pairs with Gate::withdraw.
   if (readiness() == Readiness::all_ready) return true;
   for (ModuleWrite& module : modules_) module.block->word.store(module.word_before);
   return false;

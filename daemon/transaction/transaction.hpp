@@ -1,7 +1,8 @@
 // One transaction over the shared words: prepare, all ready, writing, committed or stepped back.
 //
-// Pure: no syscall, no clock, no ring; it stores and loads the atomics that it is given and decides nothing by itself. One
-// thread. The server drives it; the simulation drives the same code. What the words mean: core/ipc/state_word.hpp.
+// Pure: no syscall, no clock, no ring; it stores and loads the atomics that it is given and decides
+// nothing by itself. One thread. The server drives it; the simulation drives the same code. What
+// the words mean: core/ipc/state_word.hpp.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +14,8 @@
 
 namespace refit::daemon {
 
-/// One engine's gate as the daemon sees it. `epoch` is the engine's own counter and grows with every prepare.
+/// One engine's gate as the daemon sees it. `epoch` is the engine's own counter and grows with
+/// every prepare.
 struct GateEndpoint {
   std::atomic<std::uint64_t>* gate = nullptr;          ///< in the response region
   const std::atomic<std::uint64_t>* answer = nullptr;  ///< in the request region
@@ -24,7 +26,8 @@ class Transaction {
  public:
   /// Forgets everything; keeps its memory, so that a steady refit allocates nothing.
   void reset(const TransactionId& id) noexcept;
-  /// Adds an engine and returns its index. Add engines in name order, so that two transactions never wait crosswise.
+  /// Adds an engine and returns its index. Add engines in name order, so that two transactions
+  /// never wait crosswise.
   std::size_t add_engine(const GateEndpoint& endpoint);
   /// Adds a module of engine `engine`, which becomes `version` when it commits.
   void add_module(std::size_t engine, ModuleBlock& block, std::uint64_t version);
@@ -37,15 +40,18 @@ class Transaction {
   /// True if this engine answered ready for this transaction's epoch.
   [[nodiscard]] bool ready(std::size_t engine) const;
 
-  /// Stores `writing` in every word, then looks at the engines once more. False if one of them withdrew: every word is back
-  /// at what it was, and no byte may be written. True: from now on only commit() or poison() follow.
+  /// Stores `writing` in every word, then looks at the engines once more. False if one of them
+  /// withdrew: every word is back at what it was, and no byte may be written. True: from now on
+  /// only commit() or poison() follow.
   [[nodiscard]] bool begin_writing();
 
-  /// After the last byte: stores `committed` in every word. Each store is that module's commit point.
+  /// After the last byte: stores `committed` in every word. Each store is that module's commit
+  /// point.
   void commit();
   /// The bytes may be a mix: says so in every word.
   void poison();
-  /// Opens the gates. After commit or poison, or instead of begin_writing to call the whole thing off.
+  /// Opens the gates. After commit or poison, or instead of begin_writing to call the whole thing
+  /// off.
   void release();
 
   [[nodiscard]] const TransactionId& id() const noexcept { return id_; }

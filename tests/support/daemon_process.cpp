@@ -32,9 +32,11 @@ bool eventually(int timeout_ms, Condition&& condition) {
 bool listens(const std::string& path) {
   sockaddr_un address{};
   address.sun_family = AF_UNIX;
-  std::memcpy(address.sun_path, path.c_str(), std::min(path.size() + 1, sizeof address.sun_path - 1));
+  std::memcpy(address.sun_path, path.c_str(),
+              std::min(path.size() + 1, sizeof address.sun_path - 1));
   const int fd = ::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
-  const bool connected = ::connect(fd, reinterpret_cast<const sockaddr*>(&address), sizeof address) == 0;
+  const bool connected =
+      ::connect(fd, reinterpret_cast<const sockaddr*>(&address), sizeof address) == 0;
   ::close(fd);
   return connected;
 }
@@ -77,7 +79,8 @@ void DaemonProcess::send_signal(int signal) const { ::kill(pid_, signal); }
 
 std::optional<int> DaemonProcess::wait_end(int timeout_ms) {
   int status = 0;
-  const bool ended = eventually(timeout_ms, [&] { return pid_ > 0 && ::waitpid(pid_, &status, WNOHANG) == pid_; });
+  const bool ended =
+      eventually(timeout_ms, [&] { return pid_ > 0 && ::waitpid(pid_, &status, WNOHANG) == pid_; });
   if (!ended) return std::nullopt;
   pid_ = -1;
   return status;
@@ -86,7 +89,8 @@ std::optional<int> DaemonProcess::wait_end(int timeout_ms) {
 bool DaemonProcess::wait_stopped(int timeout_ms) {
   return eventually(timeout_ms, [&] {
     siginfo_t info{};
-    return ::waitid(P_PID, static_cast<id_t>(pid_), &info, WSTOPPED | WNOHANG | WNOWAIT) == 0 && info.si_code == CLD_STOPPED;
+    return ::waitid(P_PID, static_cast<id_t>(pid_), &info, WSTOPPED | WNOHANG | WNOWAIT) == 0 &&
+           info.si_code == CLD_STOPPED;
   });
 }
 
@@ -99,7 +103,9 @@ void DaemonProcess::kill_now() {
 
 std::size_t count_fds(pid_t pid) {
   std::size_t count = 0;
-  for ([[maybe_unused]] const auto& entry : std::filesystem::directory_iterator("/proc/" + std::to_string(pid) + "/fd")) ++count;
+  for ([[maybe_unused]] const auto& entry :
+       std::filesystem::directory_iterator("/proc/" + std::to_string(pid) + "/fd"))
+    ++count;
   return count;
 }
 

@@ -1,6 +1,7 @@
 // DaemonProcess: a real refitd on a private socket in a private directory, for tests.
 //
-// Owns the process by pidfd-free means: it is our own child, waited for by pid. Everything is gone when the object is.
+// Owns the process by pidfd-free means: it is our own child, waited for by pid. Everything is gone
+// when the object is.
 #pragma once
 
 #include <sys/types.h>

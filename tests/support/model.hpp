@@ -26,7 +26,8 @@ class Model {
     std::vector<std::uint64_t> sizes;
     for (const TensorShape& tensor : tensors) sizes.push_back(bytes_of(tensor));
     const ArenaLayout layout = ArenaLayout::pack(sizes);
-    memory_ = must(SharedMemory::allocate(layout.bytes == 0 ? 1 : layout.bytes, "refit-test-model"));
+    memory_ =
+        must(SharedMemory::allocate(layout.bytes == 0 ? 1 : layout.bytes, "refit-test-model"));
     for (std::size_t i = 0; i < tensors.size(); ++i) {
       std::byte* data = memory_->data() + layout.offsets[i];
       must(spec_.add(tensors[i].name, tensors[i].dtype, tensors[i].shape, memory_, data));
@@ -48,7 +49,8 @@ class Model {
     for (std::size_t i = 0; i < data_.size(); ++i) {
       for (std::uint64_t k = 0; k < bytes_[i]; k += 8) {
         const std::uint64_t value = random();
-        std::memcpy(data_[i] + k, &value, static_cast<std::size_t>(std::min<std::uint64_t>(8, bytes_[i] - k)));
+        std::memcpy(data_[i] + k, &value,
+                    static_cast<std::size_t>(std::min<std::uint64_t>(8, bytes_[i] - k)));
       }
     }
   }
@@ -60,7 +62,8 @@ class Model {
     return true;
   }
   [[nodiscard]] bool tensor_equals(const Model& other, std::size_t index) const {
-    return bytes_[index] == other.bytes_[index] && std::memcmp(data_[index], other.data_[index], bytes_[index]) == 0;
+    return bytes_[index] == other.bytes_[index] &&
+           std::memcmp(data_[index], other.data_[index], bytes_[index]) == 0;
   }
 
   [[nodiscard]] ModuleSpec& spec() { return spec_; }
@@ -78,9 +81,12 @@ class Model {
 };
 
 inline std::vector<TensorShape> small_tensors() {
-  return {{"embed.weight", DType::bfloat16, {64, 32}}, {"block.0.attn.weight", DType::float32, {48, 48}},
-          {"block.0.attn.bias", DType::float32, {48}}, {"block.1.mlp.weight", DType::float16, {16, 3, 2, 2}},
-          {"scale", DType::float32, {}},               {"counter", DType::int64, {}},
+  return {{"embed.weight", DType::bfloat16, {64, 32}},
+          {"block.0.attn.weight", DType::float32, {48, 48}},
+          {"block.0.attn.bias", DType::float32, {48}},
+          {"block.1.mlp.weight", DType::float16, {16, 3, 2, 2}},
+          {"scale", DType::float32, {}},
+          {"counter", DType::int64, {}},
           {"empty", DType::bfloat16, {0, 4}}};
 }
 

@@ -9,7 +9,8 @@
 
 namespace refit::test {
 
-/// Ends the test process with the error's text; a fixture that is not there makes every assertion after it meaningless.
+/// Ends the test process with the error's text; a fixture that is not there makes every assertion
+/// after it meaningless.
 template <typename T>
 T must(Result<T> result) {
   if (!result) {

@@ -19,6 +19,7 @@
 #include <csignal>
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <map>
 #include <nlohmann/json.hpp>
@@ -183,19 +184,33 @@ class Daemon {
 
   /// True once it died of SIGKILL that it sent itself.
   bool killed_itself() {
-    int status = 0;
-    const Deadline deadline = soon();
-    while (::waitpid(pid_, &status, WNOHANG) == 0) {
-      if (deadline.passed()) return false;
-      std::this_thread::sleep_for(milliseconds(5));
-    }
-    pid_ = -1;
-    return WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL;
+    const std::optional<int> status = wait();
+    return status && WIFSIGNALED(*status) && WTERMSIG(*status) == SIGKILL;
+  }
+
+  /// Asks it to end; true if it did so with status 0, or was not running.
+  bool ends_well() {
+    if (pid_ <= 0) return true;
+    ::kill(pid_, SIGTERM);
+    const std::optional<int> status = wait();
+    return status && WIFEXITED(*status) && WEXITSTATUS(*status) == 0;
   }
 
   [[nodiscard]] pid_t pid() const { return pid_; }
 
  private:
+  // What waitpid() said, or nothing if it runs on.
+  std::optional<int> wait() {
+    int status = 0;
+    const Deadline deadline = soon();
+    while (::waitpid(pid_, &status, WNOHANG) == 0) {
+      if (deadline.passed()) return std::nullopt;
+      std::this_thread::sleep_for(milliseconds(5));
+    }
+    pid_ = -1;
+    return status;
+  }
+
   std::string socket_path_;
   pid_t pid_ = -1;
 };
@@ -215,12 +230,10 @@ class RefitctlSystem : public testing::Test {
   void TearDown() override {
     trainer_.reset();
     engine_.reset();
+    EXPECT_TRUE(!daemon_ || daemon_->ends_well());
     daemon_.reset();
-    for (const std::string& file : files_) ::unlink(file.c_str());
-    ::unlink(socket_path_.c_str());
-    if (!folder_.empty()) {
-      EXPECT_EQ(::rmdir(folder_.c_str()), 0) << folder_ << ": " << std::strerror(errno);
-    }
+    std::error_code ignored;
+    if (!folder_.empty()) std::filesystem::remove_all(folder_, ignored);
   }
 
   Finished refitctl(std::vector<std::string> arguments, const RunOptions& options = {}) {
@@ -237,7 +250,6 @@ class RefitctlSystem : public testing::Test {
   std::string file(const std::string& name, const std::string& content) {
     std::string path = folder_ + "/" + name;
     std::ofstream(path, std::ios::binary) << content;
-    files_.push_back(path);
     return path;
   }
 
@@ -284,7 +296,6 @@ class RefitctlSystem : public testing::Test {
   std::string folder_;
   std::string socket_path_;
   std::optional<Daemon> daemon_;
-  std::vector<std::string> files_;
   std::shared_ptr<SharedMemory> memory_;
   std::optional<Engine> engine_;
   std::optional<Trainer> trainer_;
@@ -414,10 +425,8 @@ TEST_F(RefitctlSystem, SavedDigestChecksUntilABitChanges) {
   daemon_->start();
   start_engine({"a", "b", "c"});
 
-  for (const std::vector<std::string>& kind : {std::vector<std::string>{"--kind", "sglang"},
-                                               {"--kind", "raw"},
-                                               {"--kind", "xxh3"},
-                                               {"--module"}}) {
+  for (const std::vector<std::string>& kind :
+       {std::vector<std::string>{"--kind", "sglang"}, {"--kind", "raw"}, {"--module"}}) {
     std::vector<std::string> digest{"digest", "engine0/transformer", "--json"};
     digest.insert(digest.end(), kind.begin(), kind.end());
     const Finished saved = refitctl(digest);
@@ -445,6 +454,19 @@ TEST_F(RefitctlSystem, SavedDigestChecksUntilABitChanges) {
     EXPECT_EQ(root.at("module_equal"), kind[0] == "--module" ? json(false) : json());
     EXPECT_EQ(restored.status, 0) << restored.out << restored.err;
   }
+}
+
+TEST_F(RefitctlSystem, Xxh3IsNoCheck) {
+  daemon_->start();
+  start_engine({"a"});
+  const Finished saved = refitctl({"digest", "engine0/transformer", "--kind", "xxh3", "--json"});
+  ASSERT_EQ(saved.status, 0) << saved.err;
+
+  const Finished sut = refitctl({"check", file("xxh3.json", saved.out)});
+
+  EXPECT_EQ(sut.status, 2);
+  EXPECT_TRUE(contains(sut.err, "proves nothing")) << sut.err;
+  EXPECT_TRUE(contains(sut.err, "--kind sglang")) << sut.err;
 }
 
 TEST_F(RefitctlSystem, PlainManifestIsCheckedAgainstTheTargetGiven) {
@@ -516,6 +538,7 @@ TEST_F(RefitctlSystem, WhatIsNotThereIsNamed) {
   EXPECT_TRUE(contains(module.err, "vae")) << module.err;
   EXPECT_NE(tensor.status, 0);
   EXPECT_TRUE(contains(tensor.err, "nowhere")) << tensor.err;
+  EXPECT_TRUE(contains(tensor.err, "refitctl tensors")) << tensor.err;
   EXPECT_EQ(as_json.status, 1);
   EXPECT_EQ(as_json.out, "");
   const json error = json::parse(as_json.err).at("error");

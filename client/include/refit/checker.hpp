@@ -29,7 +29,8 @@ struct CheckReport {
 
   /// Everything expected is there, equal, and the module is whole.
   [[nodiscard]] bool ok() const noexcept {
-    return missing.empty() && mismatched.empty() && state != ModuleState::poisoned && state != ModuleState::writing;
+    return missing.empty() && mismatched.empty() && state != ModuleState::poisoned &&
+           state != ModuleState::writing;
   }
 };
 
@@ -38,7 +39,7 @@ struct DigestRequest {
   std::string module;
   DigestKind kind = DigestKind::sglang;
   std::vector<std::string> selection = {};  ///< empty means all
-  bool per_module = false;             ///< also the module's own digest, one serial stream
+  bool per_module = false;                  ///< also the module's own digest, one serial stream
 };
 
 struct DigestReport {

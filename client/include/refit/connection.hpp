@@ -8,8 +8,8 @@
 
 namespace refit {
 
-/// Where the daemon listens unless told otherwise: $REFIT_SOCKET, else $XDG_RUNTIME_DIR/refit/refitd.sock if it exists,
-/// else /run/refitd/refitd.sock.
+/// Where the daemon listens unless told otherwise: $REFIT_SOCKET, else
+/// $XDG_RUNTIME_DIR/refit/refitd.sock if it exists, else /run/refitd/refitd.sock.
 [[nodiscard]] std::string default_socket_path();
 
 struct ConnectOptions {

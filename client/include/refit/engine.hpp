@@ -1,7 +1,8 @@
-// Engine: the process that owns the live parameters. Registers its modules, and holds still between two steps when the
-// daemon asks, through poll(), fd() or serve().
+// Engine: the process that owns the live parameters. Registers its modules, and holds still between
+// two steps when the daemon asks, through poll(), fd() or serve().
 //
-// Threads: one call at a time per Engine, but step_allowed(), state() and version(), which any thread may call.
+// Threads: one call at a time per Engine, but step_allowed(), state() and version(), which any
+// thread may call.
 #pragma once
 
 #include <cstdint>
@@ -30,36 +31,44 @@ struct GateEvent {
 
 /// For serve(): called on Engine's own thread.
 struct GateHandler {
-  std::function<bool(Deadline)> hold;             ///< returns true once the engine's loop stands still
-  std::function<void(const GateEvent*)> release;  ///< the loop may go on; null if nothing was committed
+  std::function<bool(Deadline)> hold;  ///< returns true once the engine's loop stands still
+  std::function<void(const GateEvent*)>
+      release;  ///< the loop may go on; null if nothing was committed
 };
 
 class Engine {
  public:
-  /// Connects under `name`, which is unique per uid. Errors as Trainer::connect, and name_taken with the holder's pid.
-  [[nodiscard]] static Result<Engine> connect(const std::string& name, const ConnectOptions& options, Deadline deadline);
+  /// Connects under `name`, which is unique per uid. Errors as Trainer::connect, and name_taken
+  /// with the holder's pid.
+  [[nodiscard]] static Result<Engine> connect(const std::string& name,
+                                              const ConnectOptions& options, Deadline deadline);
   ~Engine();
   Engine(Engine&&) noexcept;
   Engine& operator=(Engine&&) noexcept;
 
-  /// Registers a module whose tensors are written by refits from now on (again: replaces it, keeping its version).
+  /// Registers a module whose tensors are written by refits from now on (again: replaces it,
+  /// keeping its version).
   [[nodiscard]] Result<void> register_module(const ModuleSpec& module, Deadline deadline);
   [[nodiscard]] Result<void> unregister_module(const std::string& module, Deadline deadline);
 
-  /// The gate between two steps of the engine's loop. Costs one atomic load while nothing is asked. If a refit asks,
-  /// holds here until it is committed or stepped back, at most until `deadline`.
-  /// @return what was committed, or nothing; Errc::deadline if bytes are being written at the deadline: no step may run,
-  ///         call poll() again; Errc::daemon_gone if the daemon died (modules it was writing are poisoned).
+  /// The gate between two steps of the engine's loop. Costs one atomic load while nothing is asked.
+  /// If a refit asks, holds here until it is committed or stepped back, at most until `deadline`.
+  /// @return what was committed, or nothing; Errc::deadline if bytes are being written at the
+  /// deadline: no step may run,
+  ///         call poll() again; Errc::daemon_gone if the daemon died (modules it was writing are
+  ///         poisoned).
   [[nodiscard]] Result<std::optional<GateEvent>> poll(Deadline deadline);
   /// Blocks until a refit asked and was let through, or `deadline` (no event).
   [[nodiscard]] Result<std::optional<GateEvent>> wait(Deadline deadline);
-  /// Readable when poll() has something to do: for the event loop of an idle engine. Owned by this object.
+  /// Readable when poll() has something to do: for the event loop of an idle engine. Owned by this
+  /// object.
   [[nodiscard]] int fd() const noexcept;
   /// Answers gates on a thread of its own until stop_serving() or destruction.
   [[nodiscard]] Result<void> serve(GateHandler handler);
   void stop_serving() noexcept;
 
-  /// Makes Trainer::refit on the calling thread pump this engine's gate, so that both may share the thread.
+  /// Makes Trainer::refit on the calling thread pump this engine's gate, so that both may share the
+  /// thread.
   void bind_to_this_thread();
 
   /// False while a refit writes, and after one that did not finish, until another commits.
@@ -67,8 +76,8 @@ class Engine {
   [[nodiscard]] ModuleState state(const std::string& module) const;
   [[nodiscard]] std::uint64_t version(const std::string& module) const;
 
-  /// Connects again after the daemon went away and registers every module from what this object holds, poisoned ones
-  /// as poisoned.
+  /// Connects again after the daemon went away and registers every module from what this object
+  /// holds, poisoned ones as poisoned.
   [[nodiscard]] Result<void> reconnect(Deadline deadline);
 
  private:

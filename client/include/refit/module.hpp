@@ -12,16 +12,19 @@
 
 namespace refit {
 
-/// A module's manifest under construction. Holds its memory, so that what is registered stays mapped.
+/// A module's manifest under construction. Holds its memory, so that what is registered stays
+/// mapped.
 class ModuleSpec {
  public:
   explicit ModuleSpec(std::string name) : name_(std::move(name)) {}
 
-  /// Adds a tensor whose bytes lie in `memory` at `data`. Strides in elements; empty means row-major contiguous.
-  /// Errors: Errc::bad_region if `data` is not inside `memory`.
-  Result<void> add(std::string tensor, DType dtype, Dims shape, const std::shared_ptr<SharedMemory>& memory,
-                   const void* data, Dims strides = {});
-  /// Adds a spec as it is; `spec.region` indexes the memories added so far. For callers that build boxes themselves.
+  /// Adds a tensor whose bytes lie in `memory` at `data`. Strides in elements; empty means
+  /// row-major contiguous. Errors: Errc::bad_region if `data` is not inside `memory`.
+  Result<void> add(std::string tensor, DType dtype, Dims shape,
+                   const std::shared_ptr<SharedMemory>& memory, const void* data,
+                   Dims strides = {});
+  /// Adds a spec as it is; `spec.region` indexes the memories added so far. For callers that build
+  /// boxes themselves.
   void add(TensorSpec spec) { tensors_.push_back(std::move(spec)); }
   /// Index of `memory` among the module's regions; adds it if it is new.
   std::uint32_t add_region(const std::shared_ptr<SharedMemory>& memory);
@@ -30,7 +33,9 @@ class ModuleSpec {
 
   [[nodiscard]] const std::string& name() const noexcept { return name_; }
   [[nodiscard]] const std::vector<TensorSpec>& tensors() const noexcept { return tensors_; }
-  [[nodiscard]] const std::vector<std::shared_ptr<SharedMemory>>& regions() const noexcept { return regions_; }
+  [[nodiscard]] const std::vector<std::shared_ptr<SharedMemory>>& regions() const noexcept {
+    return regions_;
+  }
   [[nodiscard]] const std::vector<NameRule>& name_map() const noexcept { return name_map_; }
 
  private:
@@ -44,7 +49,8 @@ class ModuleSpec {
 struct ArenaLayout {
   std::vector<std::uint64_t> offsets;  ///< per tensor, in the order given
   std::uint64_t bytes = 0;
-  static ArenaLayout pack(const std::vector<std::uint64_t>& tensor_bytes, std::uint64_t align_bytes = 64);
+  static ArenaLayout pack(const std::vector<std::uint64_t>& tensor_bytes,
+                          std::uint64_t align_bytes = 64);
 };
 
 }  // namespace refit

@@ -46,14 +46,17 @@ struct DaemonStatus {
 
 class Observer {
  public:
-  [[nodiscard]] static Result<Observer> connect(const std::string& name, const ConnectOptions& options, Deadline deadline);
+  [[nodiscard]] static Result<Observer> connect(const std::string& name,
+                                                const ConnectOptions& options, Deadline deadline);
   ~Observer();
   Observer(Observer&&) noexcept;
   Observer& operator=(Observer&&) noexcept;
 
   [[nodiscard]] Result<DaemonStatus> status(Deadline deadline);
   /// The tensors of a registered engine module, in registration order.
-  [[nodiscard]] Result<std::vector<TensorSpec>> tensors(const std::string& engine, const std::string& module, Deadline deadline);
+  [[nodiscard]] Result<std::vector<TensorSpec>> tensors(const std::string& engine,
+                                                        const std::string& module,
+                                                        Deadline deadline);
   [[nodiscard]] Result<CheckReport> check(const CheckRequest& request, Deadline deadline);
   [[nodiscard]] Result<DigestReport> digest(const DigestRequest& request, Deadline deadline);
 

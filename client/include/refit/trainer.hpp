@@ -1,4 +1,5 @@
-// Trainer: the process whose weights become an engine's. Register once, then refit after every optimizer step.
+// Trainer: the process whose weights become an engine's. Register once, then refit after every
+// optimizer step.
 //
 // Threads: one call at a time per Trainer; different Trainers are independent.
 #pragma once
@@ -19,18 +20,22 @@ namespace refit {
 struct RefitTarget {
   std::string engine;
   std::string module;
-  std::string source = {};             ///< the trainer's module; empty means the same name as `module`
+  std::string source = {};  ///< the trainer's module; empty means the same name as `module`
   std::vector<std::string> selection = {};  ///< target tensor names; empty means all
-  bool allow_unmatched = false;        ///< source tensors without a target are left alone instead of refused
+  bool allow_unmatched =
+      false;  ///< source tensors without a target are left alone instead of refused
 };
 
 struct RefitOptions {
-  TransactionId transaction;  ///< zero: a fresh one. The same id again returns the recorded outcome or repairs.
-  bool reset_caches = false;  ///< tells the engine to drop what it derived from the old weights (TeaCache and its kind)
+  TransactionId transaction;  ///< zero: a fresh one. The same id again returns the recorded outcome
+                              ///< or repairs.
+  bool reset_caches = false;  ///< tells the engine to drop what it derived from the old weights
+                              ///< (TeaCache and its kind)
 };
 
-/// Microseconds. `wait`: for earlier work on the engine and for pages; `gate`: until every engine held still;
-/// `copy`: the bytes; `check`: verification inside the refit; `total`: from the daemon's reading to its reply.
+/// Microseconds. `wait`: for earlier work on the engine and for pages; `gate`: until every engine
+/// held still; `copy`: the bytes; `check`: verification inside the refit; `total`: from the
+/// daemon's reading to its reply.
 struct Phases {
   float wait_us = 0, gate_us = 0, copy_us = 0, check_us = 0, total_us = 0;
 };
@@ -47,31 +52,36 @@ struct RefitReport {
 
 class Trainer {
  public:
-  /// Connects and says who it is. Errors: Errc::os (no daemon there: the message names the socket), protocol_version,
-  /// permission, quota, not_enough_cores, shutting_down, deadline.
-  [[nodiscard]] static Result<Trainer> connect(const std::string& name, const ConnectOptions& options, Deadline deadline);
+  /// Connects and says who it is. Errors: Errc::os (no daemon there: the message names the socket),
+  /// protocol_version, permission, quota, not_enough_cores, shutting_down, deadline.
+  [[nodiscard]] static Result<Trainer> connect(const std::string& name,
+                                               const ConnectOptions& options, Deadline deadline);
   ~Trainer();
   Trainer(Trainer&&) noexcept;
   Trainer& operator=(Trainer&&) noexcept;
 
-  /// Registers `module` (again: replaces it). Returns once its pages are mapped and populated in the daemon, so that the
-  /// first refit costs what the second does. Errors: bad_manifest and bad_region with the complete list, quota, deadline.
+  /// Registers `module` (again: replaces it). Returns once its pages are mapped and populated in
+  /// the daemon, so that the first refit costs what the second does. Errors: bad_manifest and
+  /// bad_region with the complete list, quota, deadline.
   [[nodiscard]] Result<void> register_module(const ModuleSpec& module, Deadline deadline);
   [[nodiscard]] Result<void> unregister_module(const std::string& module, Deadline deadline);
 
   /// Makes every selected tensor of the target hold this trainer's bytes, all or nothing.
   ///
-  /// @return The new version and the phases; Errc::manifest_mismatch with the complete list of what does not fit,
-  ///         no_such_engine, no_such_module, permission, engine_not_ready, poisoned, quota, shutting_down (in all of
-  ///         these nothing was changed); engine_gone, memory_fault; deadline or daemon_gone if the outcome is unknown:
-  ///         send the same transaction id again.
-  /// Blocks: until committed, refused or `deadline`. Pumps the gates of engines bound to the calling thread, so that
-  /// trainer and engine may share it. Allocates: no, in the steady state.
+  /// @return The new version and the phases; Errc::manifest_mismatch with the complete list of what
+  /// does not fit,
+  ///         no_such_engine, no_such_module, permission, engine_not_ready, poisoned, quota,
+  ///         shutting_down (in all of these nothing was changed); engine_gone, memory_fault;
+  ///         deadline or daemon_gone if the outcome is unknown: send the same transaction id again.
+  /// Blocks: until committed, refused or `deadline`. Pumps the gates of engines bound to the
+  /// calling thread, so that trainer and engine may share it. Allocates: no, in the steady state.
   /// Ownership: the source tensors must not be written until it returns.
-  [[nodiscard]] Result<RefitReport> refit(const RefitTarget& target, Deadline deadline, const RefitOptions& options = {});
-  /// The same for several modules, of one engine or of several: all are gated, written and committed together.
-  [[nodiscard]] Result<RefitReport> refit_all(const std::vector<RefitTarget>& targets, Deadline deadline,
-                                              const RefitOptions& options = {});
+  [[nodiscard]] Result<RefitReport> refit(const RefitTarget& target, Deadline deadline,
+                                          const RefitOptions& options = {});
+  /// The same for several modules, of one engine or of several: all are gated, written and
+  /// committed together.
+  [[nodiscard]] Result<RefitReport> refit_all(const std::vector<RefitTarget>& targets,
+                                              Deadline deadline, const RefitOptions& options = {});
 
   /// Compares live bytes of the engine with expected digests.
   [[nodiscard]] Result<CheckReport> check(const CheckRequest& request, Deadline deadline);

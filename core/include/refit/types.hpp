@@ -1,5 +1,5 @@
-// The vocabulary that trainers, engines and the daemon share: dtypes, tensors as boxes, versions, transaction ids,
-// deadlines and waiting modes. Plain values, no ownership, any thread.
+// The vocabulary that trainers, engines and the daemon share: dtypes, tensors as boxes, versions,
+// transaction ids, deadlines and waiting modes. Plain values, no ownership, any thread.
 #pragma once
 
 #include <array>
@@ -13,19 +13,20 @@
 
 namespace refit {
 
-// X(name, wire number, bytes per element, torch's str(dtype)). The numbers travel on the wire and never change.
-#define REFIT_DTYPE_TABLE(X)                        \
-  X(float64, 1, 8, "torch.float64")                 \
-  X(float32, 2, 4, "torch.float32")                 \
-  X(float16, 3, 2, "torch.float16")                 \
-  X(bfloat16, 4, 2, "torch.bfloat16")               \
-  X(float8_e4m3fn, 5, 1, "torch.float8_e4m3fn")     \
-  X(float8_e5m2, 6, 1, "torch.float8_e5m2")         \
-  X(int64, 7, 8, "torch.int64")                     \
-  X(int32, 8, 4, "torch.int32")                     \
-  X(int16, 9, 2, "torch.int16")                     \
-  X(int8, 10, 1, "torch.int8")                      \
-  X(uint8, 11, 1, "torch.uint8")                    \
+// X(name, wire number, bytes per element, torch's str(dtype)). The numbers travel on the wire and
+// never change.
+#define REFIT_DTYPE_TABLE(X)                    \
+  X(float64, 1, 8, "torch.float64")             \
+  X(float32, 2, 4, "torch.float32")             \
+  X(float16, 3, 2, "torch.float16")             \
+  X(bfloat16, 4, 2, "torch.bfloat16")           \
+  X(float8_e4m3fn, 5, 1, "torch.float8_e4m3fn") \
+  X(float8_e5m2, 6, 1, "torch.float8_e5m2")     \
+  X(int64, 7, 8, "torch.int64")                 \
+  X(int32, 8, 4, "torch.int32")                 \
+  X(int16, 9, 2, "torch.int16")                 \
+  X(int8, 10, 1, "torch.int8")                  \
+  X(uint8, 11, 1, "torch.uint8")                \
   X(boolean, 12, 1, "torch.bool")
 
 enum class DType : std::uint8_t {
@@ -34,7 +35,8 @@ enum class DType : std::uint8_t {
 #undef REFIT_X
 };
 
-/// Bytes per element; 0 for a number that is no dtype (wire values are cast before they are checked).
+/// Bytes per element; 0 for a number that is no dtype (wire values are cast before they are
+/// checked).
 constexpr std::size_t element_bytes(DType dtype) noexcept {
   switch (dtype) {
 #define REFIT_X(name, number, bytes, text) \
@@ -75,24 +77,26 @@ using Dims = std::vector<std::uint64_t>;
 /// PyTorch's repr(tuple(shape)): "()", "(128,)", "(3072, 256)".
 [[nodiscard]] std::string shape_repr(const Dims& shape);
 
-/// Name, dtype, shape and strides of one tensor and where its bytes are: a region and a byte offset in it.
+/// Name, dtype, shape and strides of one tensor and where its bytes are: a region and a byte offset
+/// in it.
 ///
-/// A tensor is a box in a global shape: `shape` is the extent that this process holds, `global_shape` the whole
-/// tensor's and `box_offset` where the box begins. Both empty means the box is the whole tensor.
+/// A tensor is a box in a global shape: `shape` is the extent that this process holds,
+/// `global_shape` the whole tensor's and `box_offset` where the box begins. Both empty means the
+/// box is the whole tensor.
 struct TensorSpec {
   std::string name;
   DType dtype = DType::float32;
   Dims shape;
-  Dims strides;                     ///< in elements; empty means row-major contiguous
-  std::uint32_t region = 0;         ///< index into the module's regions
-  std::uint64_t offset_bytes = 0;   ///< of the first element, from the region's start
+  Dims strides;                    ///< in elements; empty means row-major contiguous
+  std::uint32_t region = 0;        ///< index into the module's regions
+  std::uint64_t offset_bytes = 0;  ///< of the first element, from the region's start
   Dims global_shape;
   Dims box_offset;
 };
 
-/// One rewrite rule from source names to target names (RE2 syntax, `\1` in the target). The first rule that matches a
-/// whole name wins; a name that no rule matches keeps itself. `part` of `parts` says which piece of a target that is
-/// fused along dimension 0 the source becomes.
+/// One rewrite rule from source names to target names (RE2 syntax, `\1` in the target). The first
+/// rule that matches a whole name wins; a name that no rule matches keeps itself. `part` of `parts`
+/// says which piece of a target that is fused along dimension 0 the source becomes.
 struct NameRule {
   std::string pattern;
   std::string target;
@@ -113,7 +117,9 @@ struct TransactionId {
   friend bool operator==(const TransactionId& a, const TransactionId& b) noexcept {
     return a.high == b.high && a.low == b.low;
   }
-  friend bool operator!=(const TransactionId& a, const TransactionId& b) noexcept { return !(a == b); }
+  friend bool operator!=(const TransactionId& a, const TransactionId& b) noexcept {
+    return !(a == b);
+  }
 };
 
 /// What a module's bytes are. The numbers stand in shared memory and on the wire.
@@ -127,24 +133,33 @@ enum class ModuleState : std::uint8_t {
 
 constexpr std::string_view module_state_name(ModuleState state) noexcept {
   switch (state) {
-    case ModuleState::none: return "none";
-    case ModuleState::initial: return "initial";
-    case ModuleState::writing: return "writing";
-    case ModuleState::committed: return "committed";
-    case ModuleState::poisoned: return "poisoned";
+    case ModuleState::none:
+      return "none";
+    case ModuleState::initial:
+      return "initial";
+    case ModuleState::writing:
+      return "writing";
+    case ModuleState::committed:
+      return "committed";
+    case ModuleState::poisoned:
+      return "poisoned";
   }
   return "invalid";
 }
 
-/// How a side waits for the other: `off` blocks on an eventfd at once, `adaptive` reads for a few microseconds first
-/// where the awaited work is that short, `always` never blocks and needs a core of its own.
+/// How a side waits for the other: `off` blocks on an eventfd at once, `adaptive` reads for a few
+/// microseconds first where the awaited work is that short, `always` never blocks and needs a core
+/// of its own.
 enum class Waiting : std::uint8_t { off = 0, adaptive = 1, always = 2 };
 
 constexpr std::string_view waiting_name(Waiting waiting) noexcept {
   switch (waiting) {
-    case Waiting::off: return "off";
-    case Waiting::adaptive: return "adaptive";
-    case Waiting::always: return "always";
+    case Waiting::off:
+      return "off";
+    case Waiting::adaptive:
+      return "adaptive";
+    case Waiting::always:
+      return "always";
   }
   return "invalid";
 }
@@ -153,26 +168,32 @@ enum class Role : std::uint8_t { trainer = 0, engine = 1, observer = 2 };
 
 constexpr std::string_view role_name(Role role) noexcept {
   switch (role) {
-    case Role::trainer: return "trainer";
-    case Role::engine: return "engine";
-    case Role::observer: return "observer";
+    case Role::trainer:
+      return "trainer";
+    case Role::engine:
+      return "engine";
+    case Role::observer:
+      return "observer";
   }
   return "invalid";
 }
 
-/// What a failure in `writing` leaves: with `atomic` the bytes are the old or the new ones; with `poisoned_on_failure`
-/// they may be a mix, which the module says of itself.
+/// What a failure in `writing` leaves: with `atomic` the bytes are the old or the new ones; with
+/// `poisoned_on_failure` they may be a mix, which the module says of itself.
 enum class Guarantee : std::uint8_t { atomic = 0, poisoned_on_failure = 1 };
 
 constexpr std::string_view guarantee_name(Guarantee guarantee) noexcept {
   switch (guarantee) {
-    case Guarantee::atomic: return "atomic";
-    case Guarantee::poisoned_on_failure: return "poisoned_on_failure";
+    case Guarantee::atomic:
+      return "atomic";
+    case Guarantee::poisoned_on_failure:
+      return "poisoned_on_failure";
   }
   return "invalid";
 }
 
-/// A point in time on the monotonic clock at which a blocking call returns, done or not. It never makes weights usable.
+/// A point in time on the monotonic clock at which a blocking call returns, done or not. It never
+/// makes weights usable.
 class Deadline {
  public:
   using Clock = std::chrono::steady_clock;
@@ -193,15 +214,18 @@ class Deadline {
   Clock::time_point point_;
 };
 
-/// Which hash. `sglang`: SHA-256 over dtype string, shape repr and bytes; `raw`: SHA-256 over the bytes;
-/// `xxh3`: XXH3-128 over the bytes, which finds accidents and proves nothing.
+/// Which hash. `sglang`: SHA-256 over dtype string, shape repr and bytes; `raw`: SHA-256 over the
+/// bytes; `xxh3`: XXH3-128 over the bytes, which finds accidents and proves nothing.
 enum class DigestKind : std::uint8_t { sglang = 0, raw = 1, xxh3 = 2 };
 
 constexpr std::string_view digest_kind_name(DigestKind kind) noexcept {
   switch (kind) {
-    case DigestKind::sglang: return "sglang";
-    case DigestKind::raw: return "raw";
-    case DigestKind::xxh3: return "xxh3";
+    case DigestKind::sglang:
+      return "sglang";
+    case DigestKind::raw:
+      return "raw";
+    case DigestKind::xxh3:
+      return "xxh3";
   }
   return "invalid";
 }

@@ -288,7 +288,7 @@ TEST(Manifest, RandomTargetsAreAcceptedOnlyIfNoByteIsShared) {
   // Method: a few small strided tensors in 256 bytes, against a map of who owns each byte.
   std::size_t accepted = 0;
   std::size_t accepted_strided_cluster = 0;
-  for (std::uint32_t seed = 0; seed < 20'000; ++seed) {
+  for (std::uint32_t seed = 0; seed < 10'000; ++seed) {
     SCOPED_TRACE("seed " + std::to_string(seed));
     std::mt19937 random(seed);
     const auto pick = [&](std::uint64_t first, std::uint64_t last) {
@@ -331,8 +331,8 @@ TEST(Manifest, RandomTargetsAreAcceptedOnlyIfNoByteIsShared) {
       ASSERT_TRUE(shared) << result.error().to_string();
     }
   }
-  EXPECT_GT(accepted, 1'000U);
-  EXPECT_GT(accepted_strided_cluster, 500U);
+  EXPECT_GT(accepted, 500U);
+  EXPECT_GT(accepted_strided_cluster, 250U);
 }
 
 TEST(Manifest, ManyTensorsAtTheLimitAreTakenInEveryArrangement) {
@@ -412,7 +412,7 @@ TEST(Manifest, RandomHostileSpecsNeverBreakAnything) {
   // watch. What is accepted must lie inside its region by 128-bit arithmetic.
   __extension__ using Wide = unsigned __int128;
   std::size_t accepted = 0;
-  for (std::uint32_t seed = 0; seed < 30'000; ++seed) {
+  for (std::uint32_t seed = 0; seed < 10'000; ++seed) {
     SCOPED_TRACE("seed " + std::to_string(seed));
     std::mt19937_64 random(seed);
     const auto value = [&]() -> std::uint64_t {
@@ -470,7 +470,7 @@ TEST(Manifest, RandomHostileSpecsNeverBreakAnything) {
       ASSERT_TRUE(end + spec.offset_bytes <= regions[spec.region].bytes);
     }
   }
-  EXPECT_GT(accepted, 1'000U);
+  EXPECT_GT(accepted, 500U);
 }
 
 }  // namespace

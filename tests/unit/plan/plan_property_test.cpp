@@ -217,7 +217,7 @@ TEST(PlanProperty, ExecutedPlanEqualsTheElementwiseReference) {
   // Random shapes, boxes, fusions, shards, permuted, padded and expanded layouts on both sides.
   std::size_t strided_copies = 0;
   std::size_t merged = 0;
-  for (std::uint64_t seed = 0; seed < 4'000; ++seed) {
+  for (std::uint64_t seed = 0; seed < 2'000; ++seed) {
     SCOPED_TRACE("seed " + std::to_string(seed));
     Dice dice(seed);
     const Scenario scenario = random_scenario(dice);
@@ -301,7 +301,7 @@ TEST(PlanProperty, LostOrDoubledShardIsRefusedExactlyIfItMatters) {
   // Goal: coverage is exact. Method: drop or double one random shard; the plan must be refused if
   // the shard brings an element to its target's box, or was the last of its part or target.
   std::size_t refused = 0;
-  for (std::uint64_t seed = 0; seed < 4'000; ++seed) {
+  for (std::uint64_t seed = 0; seed < 2'000; ++seed) {
     SCOPED_TRACE("seed " + std::to_string(seed));
     Dice dice(seed);
     Scenario scenario = random_scenario(dice);
@@ -347,7 +347,7 @@ TEST(PlanProperty, LostOrDoubledShardIsRefusedExactlyIfItMatters) {
       EXPECT_EQ(sut.error().details.size(), 1U) << sut.error().to_string();
     }
   }
-  EXPECT_GT(refused, 1'000U);
+  EXPECT_GT(refused, 500U);
 }
 
 TEST(PlanProperty, RandomHostileManifestsNeverBreakAnything) {
@@ -358,7 +358,7 @@ TEST(PlanProperty, RandomHostileManifestsNeverBreakAnything) {
   constexpr std::uint64_t kHuge = std::numeric_limits<std::uint64_t>::max();
   std::size_t compiled = 0;
   std::size_t granted = 0;
-  for (std::uint64_t seed = 0; seed < 60'000; ++seed) {
+  for (std::uint64_t seed = 0; seed < 20'000; ++seed) {
     SCOPED_TRACE("seed " + std::to_string(seed));
     Dice dice(seed);
     const auto value = [&]() -> std::uint64_t {
@@ -449,8 +449,8 @@ TEST(PlanProperty, RandomHostileManifestsNeverBreakAnything) {
       ASSERT_EQ(bytes, (*to)->bytes());
     }
   }
-  EXPECT_GT(compiled, 5'000U);
-  EXPECT_GT(granted, 500U);
+  EXPECT_GT(compiled, 2'000U);
+  EXPECT_GT(granted, 200U);
 }
 
 }  // namespace
