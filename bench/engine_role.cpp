@@ -40,7 +40,7 @@ class EngineRole {
     json reply;
     auto done = handle(command, reply, fd);
     if (done && !gate_error_.empty()) done = fail(Errc::os, "in its gate: " + gate_error_);
-    if (!done) reply = {{"error", done.error().to_string()}, {"code", done.error().code}};
+    if (!done) reply = error_reply(done.error());
     return channel_.send(reply, fd).has_value();
   }
 
@@ -110,13 +110,16 @@ class EngineRole {
     return registered;
   }
 
+  /// In memory of their own: no two modules of an engine may share any.
   Result<void> register_often(int times, json& reply) {
+    REFIT_TRY_ASSIGN(const auto memory,
+                     SharedMemory::allocate(holding_.target.layout.bytes, kTensorLabel));
     Samples samples;
     for (int i = 0; i < times; ++i) {
       const std::string name = "again-" + std::to_string(i);
-      REFIT_TRY_ASSIGN(const ModuleSpec module,
-                       module_of(name, holding_.model, holding_.model.target,
-                                 holding_.target.layout, holding_.memory));
+      REFIT_TRY_ASSIGN(
+          const ModuleSpec module,
+          module_of(name, holding_.model, holding_.model.target, holding_.target.layout, memory));
       Result<void> registered;
       samples.push_back(seconds_of(
           [&] { registered = engine_->register_module(module, Deadline::in(kCallTimeout)); }));

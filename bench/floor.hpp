@@ -17,7 +17,15 @@
 
 namespace refit::bench {
 
-enum class CopyKind { memcpy, stream_avx512, stream_avx2, rep_movsb };
+/// The `ahead` kinds prefetch 2 KiB ahead of their loads.
+enum class CopyKind {
+  memcpy,
+  stream_avx512,
+  stream_avx512_ahead,
+  stream_avx2,
+  stream_avx2_ahead,
+  rep_movsb
+};
 
 /// One way to copy: the instruction, how many threads, and whether each takes one contiguous share
 /// or the next free chunk of 4 MiB.

@@ -16,6 +16,7 @@
 
 #include <atomic>
 #include <cerrno>
+#include <cstdio>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -241,6 +242,13 @@ Result<Daemon> Daemon::start(const DaemonOptions& options, const TemporaryDirect
     ::usleep(5000);
   }
   return Daemon(std::move(child), socket, spawn.output_path);
+}
+
+Daemon::~Daemon() {
+  if (!child_.owned() || child_.alive()) return;
+  child_.wait(milliseconds(-1));
+  std::fprintf(stderr, "refit_bench: the daemon %s by itself; it wrote:\n%s",
+               child_.ending().c_str(), tail_of(log_).c_str());
 }
 
 Result<void> Daemon::stop() {

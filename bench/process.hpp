@@ -37,6 +37,8 @@ class Child {
   [[nodiscard]] pid_t pid() const noexcept { return pid_; }
   [[nodiscard]] bool alive() const;
   void signal(int number) const;
+  /// True until it was waited for, or moved from.
+  [[nodiscard]] bool owned() const noexcept { return static_cast<bool>(pidfd_); }
   /// Waits for the end and reaps; false if it still runs after `timeout`.
   bool wait(std::chrono::milliseconds timeout);
   /// Sends `number`, waits up to `timeout`, then kills. True if it ended by itself with status 0.
@@ -96,6 +98,10 @@ class Daemon {
  public:
   /// Returns once the socket answers. Errors: what the daemon wrote to stderr if it ended instead.
   static Result<Daemon> start(const DaemonOptions& options, const TemporaryDirectory& directory);
+  /// Ends it; if it had already ended by itself, says so on stderr with what it wrote.
+  ~Daemon();
+  Daemon(Daemon&&) noexcept = default;
+  Daemon& operator=(Daemon&&) noexcept = default;
 
   [[nodiscard]] const std::string& socket() const noexcept { return socket_; }
   [[nodiscard]] pid_t pid() const noexcept { return child_.pid(); }

@@ -3,6 +3,8 @@
 // One thread. Must not know which role calls.
 #include "roles.hpp"
 
+#include <algorithm>
+
 namespace refit::bench {
 
 Result<Model> model_of(const nlohmann::json& command) {
@@ -33,6 +35,14 @@ Result<Waiting> waiting_of(const nlohmann::json& command) {
     if (waiting_name(waiting) == name) return waiting;
   }
   return fail(Errc::bad_argument, "no waiting mode is called '" + name + "'");
+}
+
+nlohmann::json error_reply(Error error) {
+  constexpr std::size_t kDetailsShown = 5;
+  const std::size_t more = error.details.size() - std::min(error.details.size(), kDetailsShown);
+  error.details.resize(error.details.size() - more);
+  if (more > 0) error.details.push_back("and " + std::to_string(more) + " more");
+  return {{"error", error.to_string()}, {"code", error.code}};
 }
 
 }  // namespace refit::bench

@@ -43,6 +43,9 @@ struct Holding {
                                            const Layout& layout,
                                            const std::shared_ptr<SharedMemory>& memory);
 [[nodiscard]] Result<Waiting> waiting_of(const nlohmann::json& command);
+/// The answer to a command that failed, with the first details: a whole model can be wrong tensor
+/// by tensor.
+[[nodiscard]] nlohmann::json error_reply(Error error);
 
 /// The body of `refit_bench --role trainer` and `--role engine`. Returns the exit status.
 int run_trainer(Channel channel);

@@ -127,7 +127,7 @@ Result<void> measure_small(Bench& bench) {
   if (bench.wants("counts")) {
     bench.progress("counts per refit with tensors of 64 bytes");
     REFIT_TRY_ASSIGN(Pair pair, Pair::start(bench, /*cut=*/true));
-    REFIT_TRY(count_per_refit(bench, pair, "small", bench.times(100, 5), bench.times(500, 5)));
+    REFIT_TRY(count_per_refit(bench, pair, "small", bench.times(100, 5), bench.times(2000, 5)));
   }
   return {};
 }

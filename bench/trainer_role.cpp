@@ -78,7 +78,7 @@ class TrainerRole {
       json reply;
       int fd = -1;
       if (auto done = handle(**message, reply, fd); !done) {
-        reply = {{"error", done.error().to_string()}, {"code", done.error().code}};
+        reply = error_reply(done.error());
         fd = -1;
       }
       if (!channel_.send(reply, fd)) return 1;

@@ -2,6 +2,7 @@
 
 #include <spdlog/sinks/stdout_sinks.h>
 #include <spdlog/spdlog.h>
+#include <sys/resource.h>
 
 #include <csignal>
 
@@ -43,6 +44,15 @@ void block_signals() {
   std::signal(SIGHUP, SIG_IGN);
 }
 
+/// Every session needs some file descriptors; the soft limit of 1,024 is for programs that use
+/// select().
+void raise_file_limit() {
+  rlimit limit{};
+  if (::getrlimit(RLIMIT_NOFILE, &limit) != 0) return;
+  limit.rlim_cur = limit.rlim_max;
+  ::setrlimit(RLIMIT_NOFILE, &limit);
+}
+
 Result<void> serve(const Options& options) {
   REFIT_TRY(install_sigbus_handler());
   auto listener =
@@ -59,6 +69,7 @@ int main(int argc, char** argv) {
   if (parsed.exit_code >= 0) return parsed.exit_code;
   set_up_log();
   block_signals();
+  raise_file_limit();
   const Result<void> outcome = serve(parsed.options);
   if (!outcome) {
     spdlog::error("{}", outcome.error().to_string());

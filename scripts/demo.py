@@ -27,6 +27,7 @@ CHANGED_SHARE_MIN = 0.99
 DAEMON_START_S = 20
 REPLY_S = 600
 STOP_S = 10
+LINES_SHOWN_MAX = 12
 SABOTAGE_POINT = "copy.skip_tensor=skip"
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -314,7 +315,8 @@ class Demo:
             f"refit {row['refit_s'] * 1e3:.2f} ms (gate {gate_s * 1e3:.2f})  memcpy {row['memcpy_s'] * 1e3:.2f} ms  "
             f"SHA-256 {row['digests_equal']}/{row['digests']}  output {'equal' if row['output_equal'] else 'DIFFERS'}")
         if complaints:
-            raise Failure(f"step {number} is not verified", complaints)
+            note = "; the sabotage was noticed" if self.options.sabotage and wrong else ""
+            raise Failure(f"step {number} is not verified{note}", complaints)
 
     def complaints(self, row, refit, gate, digest, ours, theirs):
         version = refit["version"]
@@ -444,7 +446,10 @@ def main():
         status = 0
     except Failure as failure:
         demo.report["error"] = {"text": str(failure), "lines": failure.lines}
-        print("\n".join([f"NOT VERIFIED: {failure}", *("  " + line for line in failure.lines)]), file=sys.stderr)
+        lines = failure.lines[:LINES_SHOWN_MAX]
+        if len(failure.lines) > len(lines):
+            lines.append(f"... and {len(failure.lines) - len(lines)} more (--json FILE lists all)")
+        print("\n".join([f"NOT VERIFIED: {failure}", *("  " + line for line in lines)]), file=sys.stderr)
     except KeyboardInterrupt:
         demo.report["error"] = {"text": "interrupted", "lines": []}
         status = 128 + signal.SIGINT

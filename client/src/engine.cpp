@@ -27,19 +27,19 @@ class Engine::Impl final : public BoundEngine {
 
   Result<void> attach(Deadline deadline) {
     REFIT_TRY_ASSIGN(auto session, Session::connect(Role::engine, name_, options_, deadline));
-    UniqueFd epoll = UniqueFd::adopt(::epoll_create1(EPOLL_CLOEXEC));
-    if (!epoll) return fail_os("epoll_create1", errno);
+    // One epoll fd for the engine's life: the owner of fd() keeps it across daemons.
+    if (!epoll_) epoll_ = UniqueFd::adopt(::epoll_create1(EPOLL_CLOEXEC));
+    if (!epoll_) return fail_os("epoll_create1", errno);
     for (const auto& [fd, events] : {std::pair<int, std::uint32_t>{session->doorbell_fd(), EPOLLIN},
                                      {session->pidfd(), EPOLLIN},
                                      {session->socket_fd(), EPOLLRDHUP}}) {
       epoll_event event{};
       event.events = events;
-      if (::epoll_ctl(epoll.get(), EPOLL_CTL_ADD, fd, &event) != 0)
+      if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, fd, &event) != 0)
         return fail_os("epoll_ctl", errno);
     }
     session_ = std::move(session);
     gate_.attach(session_.get());
-    epoll_ = std::move(epoll);
     return {};
   }
 
@@ -62,6 +62,12 @@ class Engine::Impl final : public BoundEngine {
 
   Result<void> register_module(const ModuleSpec& spec, Deadline deadline) {
     REFIT_TRY(ready_for_a_call());
+    // What is told of the module's bytes must not be older than what a refit does to them
+    // meanwhile.
+    if (gate_.holding() && !gate_.withdraw()) {
+      return fail(Errc::busy, "engine " + name_ + " is being written; register " + spec.name() +
+                                  " after poll()");
+    }
     return register_now(spec, deadline);
   }
 
@@ -76,9 +82,10 @@ class Engine::Impl final : public BoundEngine {
     if (fd_taken_ && session_ != nullptr) session_->drain_doorbell();
     if (auto event = gate_.take_event()) return event;
     if (!gate_.due() && !gate_.holding()) {
-      // Only the owner of fd() is woken by the daemon's death while nothing is asked, so only there
-      // is it looked for.
-      if (fd_taken_ || session_ == nullptr) REFIT_TRY(ready_for_a_call());
+      // Nothing wakes a loop that only polls when the daemon dies, so it looks now and then; the
+      // owner of fd() is woken and looks each time.
+      constexpr std::uint32_t kPollsPerLook = 4096;
+      if (fd_taken_ || session_ == nullptr || ++polls_ % kPollsPerLook == 0) REFIT_TRY(alive());
       return std::nullopt;
     }
     REFIT_TRY(ready_for_a_call());
@@ -96,9 +103,9 @@ class Engine::Impl final : public BoundEngine {
       }
       if (deadline.passed()) return std::nullopt;
       if (session_->waiting() == Waiting::always) {
-        cpu_relax();
-        constexpr std::uint32_t kReadsPerLook = 4096;
-        if (++reads % kReadsPerLook == 0 && session_->daemon_dead()) return daemon_gone();
+        const Awake reading(session_->request_region());
+        while (!gate_.due() && ++reads % kReadsPerLook != 0) cpu_relax();
+        if (!gate_.due()) REFIT_TRY(alive());
         continue;
       }
       pollfd fds[] = {{session_->doorbell_fd(), POLLIN, 0},
@@ -137,7 +144,8 @@ class Engine::Impl final : public BoundEngine {
 
   // Pump: a trainer on the same thread lets this engine's gate through.
   bool pump() override {
-    if (session_ != nullptr && gate_.due()) session_->drain_doorbell();
+    // Drained even when nothing is due: a leftover ring would keep the waiting trainer awake.
+    if (session_ != nullptr) session_->drain_doorbell();
     const Gate::Progress before = gate_.holding() ? Gate::Progress::holding : Gate::Progress::idle;
     return gate_.pump() != before;
   }
@@ -156,8 +164,13 @@ class Engine::Impl final : public BoundEngine {
     if (session_ == nullptr)
       return fail(Errc::daemon_gone,
                   "engine " + name_ + " has no daemon; reconnect() when one is there");
-    if (fd_taken_ && !gate_.holding() && !gate_.due() && session_->daemon_dead())
-      return daemon_gone();
+    return {};
+  }
+
+  /// Errc::daemon_gone, and everything that follows from it, if the session is over.
+  Result<void> alive() {
+    REFIT_TRY(ready_for_a_call());
+    if (!gate_.holding() && !gate_.due() && !session_->check_alive()) return daemon_gone();
     return {};
   }
 
@@ -190,19 +203,17 @@ class Engine::Impl final : public BoundEngine {
       gate_.pump();
       if (!gate_.holding()) return gate_.take_event();
       if (session_->waiting() == Waiting::always && !gate_.long_copy()) {
-        cpu_relax();
-        constexpr std::uint32_t kReadsPerLook = 4096;
-        if (++reads % kReadsPerLook != 0) continue;
+        const Awake reading(session_->request_region());
+        while (!gate_.due() && ++reads % kReadsPerLook != 0) cpu_relax();
+        if (gate_.due()) continue;
         if (session_->daemon_dead()) return after_death();
         if (!deadline.passed()) continue;
       } else if (may_spin) {
         may_spin = false;
-        session_->request_region().client_awake.store(
-            1);  // pairs with the load in the daemon's Session::wake_client
-        const bool released = spin_briefly([&] { return gate_.due(); });
-        session_->request_region().client_awake.store(0);
-        if (released || gate_.due()) continue;
+        const Awake reading(session_->request_region());
+        spin_briefly([&] { return gate_.due(); });
       }
+      if (gate_.due()) continue;
       pollfd fds[] = {{session_->doorbell_fd(), POLLIN, 0},
                       {session_->pidfd(), POLLIN, 0},
                       {socket_open ? session_->socket_fd() : -1, POLLRDHUP, 0},
@@ -220,7 +231,7 @@ class Engine::Impl final : public BoundEngine {
       }
       const bool stop_asked = stop_fd >= 0 && fds[3].revents != 0;
       if (stop_asked || deadline.passed()) {
-        if (gate_.withdraw()) return std::nullopt;
+        if (gate_.withdraw()) return gate_.take_event();
         if (!stop_asked) {
           return fail(
               Errc::deadline,
@@ -234,21 +245,20 @@ class Engine::Impl final : public BoundEngine {
   /// The daemon died while this engine held still. What it committed counts; what it was writing is
   /// poisoned.
   Result<std::optional<GateEvent>> after_death() {
-    gate_.pump();
+    // Leaves the gate whatever the words say: nobody writes any more.
+    gate_.leave();
     auto event = gate_.take_event();
-    if (!event) event = gate_.committed_while_holding();
     Unexpected gone = daemon_gone();
     if (event && gate_.step_allowed()) return event;
     return gone;
   }
 
   void serve_loop(const GateHandler& handler) {
-    std::uint64_t refused_epoch = 0;
     for (;;) {
       const std::uint64_t epoch = gate_.asked_epoch();
-      if (epoch != 0 && epoch != refused_epoch) {
+      if (epoch != 0) {
         if (!handler.hold(Deadline::in(kHoldMax))) {
-          refused_epoch = epoch;
+          gate_.refuse(epoch);
           continue;
         }
         auto outcome = hold(Deadline::in(kForever), stop_.fd());
@@ -270,6 +280,7 @@ class Engine::Impl final : public BoundEngine {
     }
   }
 
+  static constexpr std::uint32_t kReadsPerLook = 4096;
   static constexpr std::chrono::seconds kHoldMax{30};
   static constexpr std::chrono::hours kForever{24};
 
@@ -279,6 +290,7 @@ class Engine::Impl final : public BoundEngine {
   Gate gate_;
   UniqueFd epoll_;
   bool fd_taken_ = false;
+  std::uint32_t polls_ = 0;
   std::thread serving_;
   Doorbell stop_;
 };

@@ -73,10 +73,10 @@ HeldState Gate::held_of(const Slot& slot) const noexcept {
     case ModuleState::writing:
     case ModuleState::poisoned:
       // The record of an unfinished write names the version that the bytes never became.
-      return {slot.held.version, reading.transaction, true};
+      return {slot.held.version, reading.transaction, true, reading.selection};
     case ModuleState::initial:
     case ModuleState::committed:
-      return {reading.version, reading.transaction, false};
+      return {reading.version, reading.transaction, false, reading.selection};
     case ModuleState::none:
       break;
   }
@@ -113,11 +113,12 @@ Gate::Progress Gate::pump() {
   const GateWord gate = GateWord::unpack(session_->response_region().gate.load());
   if (holding_.load()) {
     if (gate.epoch == answered_epoch_ && gate.state == GateState::prepare) return Progress::holding;
-    release(gate);
+    release();
     return Progress::released;
   }
   if (gate.state != GateState::prepare || gate.epoch <= answered_epoch_) return Progress::idle;
   answered_epoch_ = gate.epoch;
+  answered_flags_ = gate.flags;
   holding_.store(true);
   // Pairs with the daemon's load in Transaction::all_ready.
   session_->request_region().gate_answer.store(AnswerWord{gate.epoch, AnswerState::ready}.pack());
@@ -125,21 +126,28 @@ Gate::Progress Gate::pump() {
   return Progress::holding;
 }
 
-void Gate::release(GateWord gate) {
-  GateEvent event;
-  event.reset_caches = gate.epoch == answered_epoch_ && (gate.flags & GateWord::kResetCaches) != 0;
+void Gate::release() {
   const std::lock_guard lock(mutex_);
+  // An event that nobody took yet is added to, not lost: a bound engine may be refit several times
+  // between two polls.
+  GateEvent event = event_ ? std::move(*event_) : GateEvent{};
+  bool any = event_.has_value();
   for (Slot& slot : slots_) {
     const ModuleBlock* words = block(slot);
     if (words == nullptr) continue;
     const ModuleReading reading = read_module(*words);
     if (reading.word.state != ModuleState::committed || reading.word.epoch != answered_epoch_)
       continue;
+    std::erase_if(event.modules,
+                  [&](const auto& module) { return module.name == slot.spec.name(); });
     event.modules.push_back({slot.spec.name(), reading.version, reading.transaction});
-    slot.held = {reading.version, reading.transaction, false};
+    // The daemon's gate word may speak of the next refit already, hence the flags of the answer.
+    event.reset_caches = event.reset_caches || (answered_flags_ & GateWord::kResetCaches) != 0;
+    slot.held = {reading.version, reading.transaction, false, reading.selection};
+    any = true;
   }
   holding_.store(false);
-  if (!event.modules.empty()) event_ = std::move(event);
+  if (any) event_ = std::move(event);
 }
 
 bool Gate::withdraw() {
@@ -148,14 +156,29 @@ bool Gate::withdraw() {
   // two sees the other and steps back. Pairs with Transaction::begin_writing.
   session_->request_region().gate_answer.store(
       AnswerWord{answered_epoch_, AnswerState::withdrawn}.pack());
-  for (const Slot& slot : slots_) {
-    const ModuleBlock* words = block(slot);
-    if (words != nullptr && ModuleWord::unpack(words->word.load()).state == ModuleState::writing)
-      return false;
-  }
-  holding_.store(false);
+  if (any_word_is_writing()) return false;
+  // A whole refit may have come and gone between the caller's last look and the store: its event
+  // counts.
+  release();
   session_->ring_daemon();
   return true;
+}
+
+void Gate::refuse(std::uint64_t epoch) noexcept {
+  if (session_ == nullptr) return;
+  answered_epoch_ = epoch;
+  session_->request_region().gate_answer.store(AnswerWord{epoch, AnswerState::withdrawn}.pack());
+  session_->ring_daemon();
+}
+
+/// All blocks, not only those that this side knows: a registration whose call timed out may have
+/// been done.
+bool Gate::any_word_is_writing() const noexcept {
+  if (session_ == nullptr) return false;
+  for (const ModuleBlock& words : session_->response_region().modules) {
+    if (ModuleWord::unpack(words.word.load()).state == ModuleState::writing) return true;
+  }
+  return false;
 }
 
 std::optional<GateEvent> Gate::take_event() {
@@ -164,15 +187,10 @@ std::optional<GateEvent> Gate::take_event() {
   return event;
 }
 
-std::optional<GateEvent> Gate::committed_while_holding() {
-  if (session_ == nullptr || !holding_.load()) return std::nullopt;
-  release(GateWord::unpack(session_->response_region().gate.load()));
-  return take_event();
-}
-
 bool Gate::step_allowed() const {
   if (holding_.load()) return false;
   const std::lock_guard lock(mutex_);
+  if (any_word_is_writing()) return false;
   return std::all_of(slots_.begin(), slots_.end(), [this](const Slot& slot) {
     const ModuleState now = state_of(slot);
     return now != ModuleState::writing && now != ModuleState::poisoned;

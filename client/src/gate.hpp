@@ -50,12 +50,17 @@ class Gate {
 
   /// Steps back from the gate. False if bytes are being written: then only the daemon's word or its
   /// death opens it.
+  /// What was committed before stands in take_event().
   bool withdraw();
+  /// Answers a question of the daemon with no, so that its trainer need not wait for the deadline.
+  void refuse(std::uint64_t epoch) noexcept;
+
+  /// Once the daemon is dead: leaves the gate; what it had committed stands in take_event().
+  void leave() {
+    if (holding_.load()) release();
+  }
 
   std::optional<GateEvent> take_event();
-  /// Once the daemon is dead: what it had committed of the epoch that this side still holds for, if
-  /// anything.
-  std::optional<GateEvent> committed_while_holding();
 
   // Any thread.
   [[nodiscard]] bool step_allowed() const;
@@ -75,7 +80,9 @@ class Gate {
   [[nodiscard]] ModuleState state_of(const Slot& slot) const noexcept;
   [[nodiscard]] HeldState held_of(const Slot& slot) const noexcept;
   [[nodiscard]] const Slot* find(const std::string& module) const noexcept;
-  void release(GateWord gate);
+  /// Leaves the gate and collects what was committed under the answered epoch.
+  void release();
+  [[nodiscard]] bool any_word_is_writing() const noexcept;
 
   /// Guards session_ and slots_ against the readers of other threads; the engine's own thread alone
   /// changes them.
@@ -83,6 +90,7 @@ class Gate {
   Session* session_ = nullptr;
   std::vector<Slot> slots_;
   std::uint64_t answered_epoch_ = 0;
+  std::uint8_t answered_flags_ = 0;
   std::atomic<bool> holding_{false};
   std::optional<GateEvent> event_;
 };

@@ -69,7 +69,7 @@ Result<std::uint32_t> register_module(Session& session, const ModuleSpec& module
   const auto tensor_list = fbb.CreateVector(tensors);
   const auto rule_list = fbb.CreateVector(rules);
   fbb.Finish(wire::CreateRegisterModule(fbb, name, region_list, tensor_list, rule_list,
-                                        held.version, &transaction, held.poisoned));
+                                        held.version, &transaction, held.poisoned, held.selection));
   REFIT_TRY_ASSIGN(const wire::Reply* reply,
                    session.call(wire::Opcode::register_module, deadline, Expect::long_running));
   const auto* registered = reply->body_as_Registered();

@@ -12,6 +12,7 @@ struct HeldState {
   std::uint64_t version = 0;
   TransactionId transaction;
   bool poisoned = false;
+  std::uint64_t selection = 0;  ///< which tensors `transaction` wrote, as the state word named them
 };
 
 /// Sends the regions' fds and the manifest; returns the module's slot among the state words.

@@ -170,7 +170,6 @@ Result<void> Session::shake_hands(Role role, const std::string& name, Deadline d
                                              request_->requests);
   replies_ = std::make_unique<RingConsumer>(response_->response_tail, request_->response_head,
                                             response_->responses);
-  if (waiting_ == Waiting::always) request_->client_awake.store(1);
   // Tickets start at a random place so that one session's can never be mistaken for another's in a
   // log.
   [[maybe_unused]] const auto seeded =
@@ -270,6 +269,8 @@ Result<const wire::Reply*> Session::await(std::uint64_t request, Deadline deadli
                                           Pump* pump) {
   bool may_spin = expect == Expect::brief && waiting_ == Waiting::adaptive;
   std::uint32_t reads = 0;
+  std::optional<Awake> awake;
+  if (waiting_ == Waiting::always) awake.emplace(*request_);
   for (;;) {
     REFIT_TRY_ASSIGN(const wire::Reply* reply, take(request));
     if (reply != nullptr) {
@@ -291,16 +292,17 @@ Result<const wire::Reply*> Session::await(std::uint64_t request, Deadline deadli
       constexpr std::uint32_t kReadsPerLook = 4096;
       if (++reads % kReadsPerLook == 0) {
         REFIT_TRY(check_alive());
-        if (deadline.passed()) return fail(Errc::deadline, "no reply from the daemon in time");
+        if (deadline.passed()) return give_up(request);
       }
       continue;
     }
     if (may_spin) {
       may_spin = false;
-      request_->client_awake.store(1);  // pairs with the load in the daemon's Session::wake_client
-      const bool arrived = spin_briefly(something);
-      request_->client_awake.store(0);
-      if (arrived || something()) continue;
+      {
+        const Awake reading(*request_);
+        spin_briefly(something);
+      }
+      if (something()) continue;
     }
     if (something()) continue;
 
@@ -311,8 +313,7 @@ Result<const wire::Reply*> Session::await(std::uint64_t request, Deadline deadli
     if (pump != nullptr) pump->append_fds(poll_fds_);
     const int count = ::poll(poll_fds_.data(), poll_fds_.size(), deadline.remaining_ms());
     if (count < 0 && errno != EINTR) return fail_os("poll", errno);
-    if (count == 0 && deadline.passed())
-      return fail(Errc::deadline, "no reply from the daemon in time");
+    if (count == 0 && deadline.passed()) return give_up(request);
     if (count > 0) {
       if (poll_fds_[0].revents != 0) client_doorbell_.drain();
       // A last reply may stand in the ring of a daemon that died: it is taken before the death is
@@ -321,6 +322,13 @@ Result<const wire::Reply*> Session::await(std::uint64_t request, Deadline deadli
         REFIT_TRY(check_alive());
     }
   }
+}
+
+Unexpected Session::give_up(std::uint64_t request) {
+  // Before the call returns: a source byte that the caller changes from now on is changed after
+  // this word. Pairs with the load in the daemon's Refits::abandoned.
+  request_->abandoned_request.store(request);
+  return fail(Errc::deadline, "no reply from the daemon in time");
 }
 
 Result<const wire::Reply*> Session::call(wire::Opcode opcode, Deadline deadline, Expect expect,

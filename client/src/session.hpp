@@ -14,6 +14,7 @@
 #include <boost/interprocess/sync/mutex_family.hpp>
 #include <deque>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -41,6 +42,21 @@ class Pump {
 
 /// What a call waits for: `brief` work is read for before blocking, `long_running` blocks at once.
 enum class Expect { brief, long_running };
+
+/// While it lives, the daemon need not ring: this side reads by itself. Whoever blocks afterwards
+/// looks once more first.
+class Awake {
+ public:
+  explicit Awake(RequestRegion& region) noexcept : region_(region) {
+    region_.client_awake.store(1);  // pairs with the load in the daemon's Session::wake_client
+  }
+  ~Awake() { region_.client_awake.store(0); }
+  Awake(const Awake&) = delete;
+  Awake& operator=(const Awake&) = delete;
+
+ private:
+  RequestRegion& region_;
+};
 
 class Session {
  public:
@@ -92,6 +108,8 @@ class Session {
   Result<void> shake_hands(Role role, const std::string& name, Deadline deadline);
   /// Takes replies off the ring until it is empty or holds the one for `request`.
   Result<const wire::Reply*> take(std::uint64_t request);
+  /// The deadline passed: tells the daemon that nobody waits for `request` any more.
+  Unexpected give_up(std::uint64_t request);
   void release_consumed_payloads();
   std::byte* allocate_payload(std::size_t bytes);
 

@@ -65,7 +65,6 @@ Receive receive_message(int socket, ReceivedMessage& out) {
   const bool truncated = (message.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) != 0;
   if (truncated || static_cast<std::size_t>(received) < sizeof(Preamble) ||
       out.preamble.magic != kMagic) {
-    out.fds.clear();
     return Receive::peer_broke_protocol;
   }
   out.body.resize(static_cast<std::size_t>(received) - sizeof(Preamble));

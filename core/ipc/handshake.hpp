@@ -62,7 +62,8 @@ Result<void> send_message(int socket, SocketMessage kind, const void* body, std:
 enum class Receive { message, nothing_yet, closed, peer_broke_protocol };
 
 /// Receives one message; never blocks. A truncated message or truncated fds (MSG_CTRUNC), a short
-/// one and a wrong magic are peer_broke_protocol; fds that came with those are closed.
+/// one and a wrong magic are peer_broke_protocol. Whatever the outcome, `out.fds` owns the fds that
+/// came: a daemon disposes of them where closing may block.
 Receive receive_message(int socket, ReceivedMessage& out);
 
 }  // namespace refit

@@ -8,7 +8,8 @@
 
 #include <atomic>
 #include <cstdint>
-#include <optional>
+#include <cstring>
+#include <iterator>
 
 #include "ipc/shared_layout.hpp"
 
@@ -61,7 +62,7 @@ class RingConsumer {
     const std::uint64_t tail = tail_->load();  // pairs with the store in RingProducer::push
     if (tail == position_) return Peek::empty;
     if (tail < position_ || tail - position_ > kRingSlots) return Peek::peer_broke_protocol;
-    out = slots_[position_ % kRingSlots];
+    read_once(slots_[position_ % kRingSlots], out);
     return Peek::message;
   }
 
@@ -73,6 +74,19 @@ class RingConsumer {
   }  // pairs with the load in RingProducer::push
 
  private:
+  /// Every word of the slot is read exactly once, whatever the peer does to it meanwhile.
+  static void read_once(const Descriptor& slot, Descriptor& out) noexcept {
+    std::uint64_t words[sizeof(Descriptor) / sizeof(std::uint64_t)];
+    static_assert(sizeof words == sizeof(Descriptor) &&
+                  alignof(Descriptor) >= alignof(std::uint64_t));
+    const auto* shared = reinterpret_cast<const std::byte*>(&slot);
+    for (std::size_t i = 0; i < std::size(words); ++i) {
+      __atomic_load(reinterpret_cast<const std::uint64_t*>(shared + i * sizeof words[0]), &words[i],
+                    __ATOMIC_RELAXED);
+    }
+    std::memcpy(&out, words, sizeof out);
+  }
+
   const std::atomic<std::uint64_t>* tail_;
   std::atomic<std::uint64_t>* head_;
   const Descriptor* slots_;

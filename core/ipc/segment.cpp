@@ -109,30 +109,25 @@ Result<void> add_seals(int fd, int seals, const std::string& label) {
 }
 
 Result<MemfdInfo> inspect_memfd(int fd, const std::string& label) {
-  struct stat status {};
-  if (::fstat(fd, &status) != 0) return fail_os(label + ": fstat", errno);
-  if (!S_ISREG(status.st_mode)) {
-    return fail(Errc::bad_region, label + ": the fd is not a memfd but a " +
-                                      (S_ISSOCK(status.st_mode)   ? "socket"
-                                       : S_ISDIR(status.st_mode)  ? "directory"
-                                       : S_ISFIFO(status.st_mode) ? "pipe"
-                                                                  : "special file"));
+  MemfdInfo info;
+  // First the question that only the kernel's memory filesystems answer: fstat of a FUSE file would
+  // ask whoever serves it, and wait.
+  info.seals = ::fcntl(fd, F_GET_SEALS);
+  if (info.seals < 0) {
+    return fail(Errc::bad_region, label + ": the fd is no memfd on tmpfs; use refit::SharedMemory");
   }
   struct statfs filesystem {};
   if (::fstatfs(fd, &filesystem) != 0) return fail_os(label + ": fstatfs", errno);
   if (filesystem.f_type != TMPFS_MAGIC) {
     return fail(Errc::bad_region,
-                label + ": the fd is not on tmpfs; use a memfd (refit::SharedMemory)");
+                label + ": the fd is not on tmpfs (hugetlb is not taken); use refit::SharedMemory");
   }
-  const int seals = ::fcntl(fd, F_GET_SEALS);
-  if (seals < 0)
-    return fail(Errc::bad_region,
-                label + ": the fd cannot be sealed; use a memfd (refit::SharedMemory)");
-  MemfdInfo info;
+  struct stat status {};
+  if (::fstat(fd, &status) != 0) return fail_os(label + ": fstat", errno);
   info.bytes = static_cast<std::uint64_t>(status.st_size);
+  info.backed_bytes = static_cast<std::uint64_t>(status.st_blocks) * 512;
   info.device = status.st_dev;
   info.inode = status.st_ino;
-  info.seals = seals;
   return info;
 }
 

@@ -54,14 +54,14 @@ Result<void> add_seals(int fd, int seals, const std::string& label);
 /// What a memfd that a peer sent really is.
 struct MemfdInfo {
   std::uint64_t bytes = 0;
+  std::uint64_t backed_bytes = 0;  ///< what has memory behind it already
   std::uint64_t device = 0;
   std::uint64_t inode = 0;
   int seals = 0;
 };
 
-/// Checks that `fd` is an unlinked-or-not regular file on tmpfs that can be sealed, and reads its
-/// seals: Errc::bad_region naming what it is instead. Only fstat, fstatfs and fcntl, which cannot
-/// block on a foreign filesystem.
+/// Checks that `fd` is a file on tmpfs that can be sealed, and reads its size and seals;
+/// Errc::bad_region otherwise. Never blocks on a foreign filesystem.
 Result<MemfdInfo> inspect_memfd(int fd, const std::string& label);
 
 /// Faults in all pages now: MADV_POPULATE_WRITE or _READ by `access`. Blocks for as long as that

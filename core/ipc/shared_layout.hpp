@@ -39,7 +39,7 @@ struct ModuleRecord {
   std::atomic<std::uint64_t> transaction_high;
   std::atomic<std::uint64_t> transaction_low;
   std::atomic<std::uint64_t> version;
-  std::atomic<std::uint64_t> reserved;
+  std::atomic<std::uint64_t> selection;  ///< XXH3-64 of the names of the tensors that it writes
 };
 
 /// The state word of one module and the two records that it switches between (see
@@ -56,6 +56,8 @@ struct RequestRegion {
   alignas(64) std::atomic<std::uint32_t> client_awake;   ///< 1: the client reads by itself, no
                                                          ///< doorbell needed
   alignas(64) std::atomic<std::uint64_t> gate_answer;    ///< engine: {epoch, ready | withdrawn}
+  /// Requests up to this id were given up by the client (its deadline passed).
+  alignas(64) std::atomic<std::uint64_t> abandoned_request;
   alignas(64) Descriptor requests[kRingSlots];
   alignas(4096) std::byte arena[1];  ///< the rest of the region
 };
@@ -95,10 +97,11 @@ inline constexpr std::uint64_t kLayoutHash = detail::mix_all(
     offsetof(Descriptor, request_id), offsetof(Descriptor, payload_offset),
     offsetof(Descriptor, payload_xxh3), sizeof(ModuleRecord),
     offsetof(ModuleRecord, transaction_high), offsetof(ModuleRecord, transaction_low),
-    offsetof(ModuleRecord, version), sizeof(ModuleBlock), offsetof(ModuleBlock, word),
-    offsetof(ModuleBlock, records), sizeof(RequestRegion), offsetof(RequestRegion, request_tail),
-    offsetof(RequestRegion, response_head), offsetof(RequestRegion, client_awake),
-    offsetof(RequestRegion, gate_answer), offsetof(RequestRegion, requests),
+    offsetof(ModuleRecord, version), offsetof(ModuleRecord, selection), sizeof(ModuleBlock),
+    offsetof(ModuleBlock, word), offsetof(ModuleBlock, records), sizeof(RequestRegion),
+    offsetof(RequestRegion, request_tail), offsetof(RequestRegion, response_head),
+    offsetof(RequestRegion, client_awake), offsetof(RequestRegion, gate_answer),
+    offsetof(RequestRegion, abandoned_request), offsetof(RequestRegion, requests),
     offsetof(RequestRegion, arena), sizeof(ResponseRegion), offsetof(ResponseRegion, response_tail),
     offsetof(ResponseRegion, request_head), offsetof(ResponseRegion, daemon_awake),
     offsetof(ResponseRegion, gate), offsetof(ResponseRegion, modules),

@@ -35,6 +35,7 @@ struct ModuleReading {
   ModuleWord word;
   TransactionId transaction;
   std::uint64_t version = 0;
+  std::uint64_t selection = 0;  ///< which tensors the transaction writes; 0 if nobody knows
 };
 
 /// Reader's side. A record is rewritten only while the word points at the other one, so a word that
@@ -47,6 +48,7 @@ inline ModuleReading read_module(const ModuleBlock& block) noexcept {
     const ModuleRecord& record = block.records[reading.word.record];
     reading.transaction = {record.transaction_high.load(), record.transaction_low.load()};
     reading.version = record.version.load();
+    reading.selection = record.selection.load();
     if (block.word.load() == before) return reading;
   }
 }
@@ -54,14 +56,15 @@ inline ModuleReading read_module(const ModuleBlock& block) noexcept {
 /// Writer's side (daemon only): fills the record that the current word does not use and returns the
 /// word that names it.
 inline ModuleWord fill_next_record(ModuleBlock& block, std::uint64_t epoch, ModuleState state,
-                                   const TransactionId& transaction,
-                                   std::uint64_t version) noexcept {
+                                   const TransactionId& transaction, std::uint64_t version,
+                                   std::uint64_t selection = 0) noexcept {
   const ModuleWord current = ModuleWord::unpack(block.word.load());
   const auto next = static_cast<std::uint8_t>(current.record ^ 1);
   ModuleRecord& record = block.records[next];
   record.transaction_high.store(transaction.high);
   record.transaction_low.store(transaction.low);
   record.version.store(version);
+  record.selection.store(selection);
   return ModuleWord{epoch, next, state};
 }
 

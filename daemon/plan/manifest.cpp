@@ -258,13 +258,15 @@ class ClusterSweep {
   const Placed* last_;
 };
 
-void check_overlaps(const std::vector<TensorSpec>& tensors, const std::vector<RegionInfo>& regions,
-                    const std::vector<bool>& usable, std::vector<std::string>& problems) {
+/// Where the tensors that have bytes lie, in order of memory and offset. `usable` may be null: all.
+std::vector<Placed> place_tensors(const std::vector<TensorSpec>& tensors,
+                                  const std::vector<RegionInfo>& regions,
+                                  const std::vector<bool>* usable) {
   std::vector<Placed> placed;
   placed.reserve(tensors.size());
   for (std::size_t i = 0; i < tensors.size(); ++i) {
     const TensorSpec& tensor = tensors[i];
-    if (!usable[i] || is_empty(tensor.shape)) continue;
+    if ((usable != nullptr && !(*usable)[i]) || is_empty(tensor.shape)) continue;
     const std::uint64_t element = element_bytes(tensor.dtype);
     const std::uint64_t span = *span_elements(tensor.shape, tensor.strides) * element;
     const RegionInfo& region = regions[tensor.region];
@@ -276,6 +278,12 @@ void check_overlaps(const std::vector<TensorSpec>& tensors, const std::vector<Re
     return std::tie(a.device, a.inode, a.begin, a.end, a.tensor) <
            std::tie(b.device, b.inode, b.begin, b.end, b.tensor);
   });
+  return placed;
+}
+
+void check_overlaps(const std::vector<TensorSpec>& tensors, const std::vector<RegionInfo>& regions,
+                    const std::vector<bool>& usable, std::vector<std::string>& problems) {
+  const std::vector<Placed> placed = place_tensors(tensors, regions, &usable);
   for (std::size_t first = 0; first < placed.size();) {
     std::size_t last = first + 1;
     std::uint64_t reach = placed[first].end;
@@ -407,6 +415,33 @@ Result<std::shared_ptr<const Manifest>> Manifest::validate(std::string label, Ro
   if (role == Role::engine) check_overlaps(list, manifest->regions_, usable, problems);
   if (!problems.empty()) return refuse();
   return std::shared_ptr<const Manifest>(std::move(manifest));
+}
+
+std::vector<std::string> Manifest::shared_with(const Manifest& other) const {
+  const bool common = std::any_of(regions_.begin(), regions_.end(), [&](const RegionInfo& mine) {
+    return std::any_of(other.regions_.begin(), other.regions_.end(), [&](const RegionInfo& theirs) {
+      return mine.device == theirs.device && mine.inode == theirs.inode;
+    });
+  });
+  if (!common) return {};
+  const std::vector<Placed> mine = place_tensors(tensors_, regions_, nullptr);
+  const std::vector<Placed> theirs = place_tensors(other.tensors_, other.regions_, nullptr);
+  const auto memory = [](const Placed& one) { return std::tie(one.device, one.inode); };
+  std::vector<std::string> shared;
+  // Neither list overlaps itself but for interleaved strides, so the two advance together.
+  for (std::size_t a = 0, b = 0; a < mine.size() && b < theirs.size();) {
+    const bool same_memory = memory(mine[a]) == memory(theirs[b]);
+    if (same_memory && mine[a].begin < theirs[b].end && theirs[b].begin < mine[a].end) {
+      shared.push_back("tensor " + quoted(tensors_[mine[a].tensor].name) + " of " + label_ +
+                       " and tensor " + quoted(other.tensors_[theirs[b].tensor].name) + " of " +
+                       other.label_ + ": they are the same memory");
+    }
+    const bool mine_ends_first =
+        same_memory ? mine[a].end < theirs[b].end : memory(mine[a]) < memory(theirs[b]);
+    ++(mine_ends_first ? a : b);
+  }
+  std::sort(shared.begin(), shared.end());
+  return shared;
 }
 
 const TensorSpec* Manifest::find(std::string_view name) const noexcept {

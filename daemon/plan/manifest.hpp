@@ -30,7 +30,7 @@ struct ManifestLimits {
   std::size_t tensors_max = 65'536;
   std::size_t name_bytes_max = 512;
   std::size_t dims_max = 8;
-  std::size_t regions_max = 256;
+  std::size_t regions_max = 64;
   std::size_t name_rules_max = 256;
   std::size_t pattern_bytes_max = 1'024;
 };
@@ -74,6 +74,10 @@ class Manifest {
   [[nodiscard]] std::uint64_t bytes() const noexcept { return bytes_; }
   /// The tensor of that name, or nullptr.
   [[nodiscard]] const TensorSpec* find(std::string_view name) const noexcept;
+
+  /// One line for each pair of tensors that share memory across the two manifests, sorted. Of many
+  /// that overlap each other not every pair is listed.
+  [[nodiscard]] std::vector<std::string> shared_with(const Manifest& other) const;
 
   /// Which target a tensor becomes, by the name map; its own name as a whole where no rule matches.
   struct Destination {

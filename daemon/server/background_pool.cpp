@@ -26,7 +26,7 @@ BackgroundPool::~BackgroundPool() {
   for (BackgroundJob* job : jobs_) delete job;
 }
 
-void BackgroundPool::submit(std::unique_ptr<BackgroundJob> job) {
+void BackgroundPool::submit(std::unique_ptr<BackgroundJob> job, Priority priority) {
   job->run = &BackgroundPool::finish;
   if (job->part_count_ == 0) {
     completions_.push(*job.release());
@@ -34,7 +34,11 @@ void BackgroundPool::submit(std::unique_ptr<BackgroundJob> job) {
   }
   {
     const std::lock_guard lock(mutex_);
-    jobs_.push_back(job.release());
+    if (priority == Priority::first) {
+      jobs_.push_front(job.release());
+    } else {
+      jobs_.push_back(job.release());
+    }
   }
   work_.notify_all();
 }

@@ -40,7 +40,9 @@ class BackgroundPool {
   /// Finishes running parts, drops what has not begun, joins.
   ~BackgroundPool();
 
-  void submit(std::unique_ptr<BackgroundJob> job);
+  /// Populating and closing go ahead of hashing, which may take seconds.
+  enum class Priority { first, last };
+  void submit(std::unique_ptr<BackgroundJob> job, Priority priority);
 
  private:
   void serve();

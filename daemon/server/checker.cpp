@@ -5,6 +5,7 @@
 
 #include "ipc/state_word.hpp"
 #include "memory/sigbus_guard.hpp"
+#include "server/decode.hpp"
 
 namespace refit::daemon {
 namespace {
@@ -41,6 +42,7 @@ class Checker::CheckOperation final : public Operation {
   DigestKind kind = DigestKind::sglang;
   Clock::time_point deadline;
   bool running = false;
+  std::atomic<bool> cancelled{false};  ///< nobody waits for the rest: pool threads skip it
 
   std::vector<TensorView> tensors;  ///< what is hashed
   std::vector<Digest> digests;      ///< of tensors, by the same index
@@ -78,13 +80,14 @@ class Checker::HashJob final : public BackgroundJob {
   }
 
   void run_part(std::size_t part) override {
+    if (operation_.cancelled.load()) return;
     if (operation_.per_module) {
       if (part == 0) return hash_module();
       --part;
     }
     const std::size_t end = part + 1 < begins_.size() ? begins_[part + 1] : order_.size();
     Hasher hasher(operation_.kind);
-    for (std::size_t i = begins_[part]; i < end; ++i) {
+    for (std::size_t i = begins_[part]; i < end && !operation_.cancelled.load(); ++i) {
       const std::uint32_t index = order_[i];
       Digest digest;
       const bool whole = guarded(
@@ -119,9 +122,9 @@ class Checker::HashJob final : public BackgroundJob {
   void hash_module() {
     Hasher hasher(operation_.kind);
     std::vector<TensorView> sorted = operation_.tensors;
-    std::sort(sorted.begin(), sorted.end(),
-              [](const TensorView& a, const TensorView& b) { return a.spec->name < b.spec->name; });
+    sort_for_module_digest(sorted);
     for (const TensorView& tensor : sorted) {
+      if (operation_.cancelled.load()) return;
       hasher.update(tensor.spec->name);
       if (!guarded([&] { update_with_elements(hasher, tensor); })) {
         faulted_.store(true);
@@ -194,21 +197,41 @@ void Checker::begin_check(Session& asker, std::uint64_t request_id, const wire::
         {Errc::bad_argument, 0, "a check needs at least one expected digest", {}});
   }
   operation.is_check = true;
+  const ManifestLimits limits;
+  if (message.expected()->size() > limits.tensors_max) {
+    return replies_.send_error(
+        asker, request_id,
+        {Errc::quota,
+         0,
+         std::to_string(message.expected()->size()) + " expected digests; the limit is " +
+             std::to_string(limits.tensors_max),
+         {}});
+  }
   std::vector<std::string_view> seen;
   for (const auto* entry : *message.expected()) {
     const std::string_view name = view(entry->name());
-    if (entry->value() == nullptr || entry->value()->size() != 32) {
+    if (name.size() > limits.name_bytes_max || entry->value() == nullptr ||
+        entry->value()->size() != 32) {
       return replies_.send_error(
           asker, request_id,
           {Errc::bad_argument,
            0,
-           "the expected digest of " + std::string(name) + " has not 32 bytes",
+           "the expected digest of " + std::string(name.substr(0, limits.name_bytes_max)) +
+               " has not 32 bytes, or its name is too long",
            {}});
     }
     seen.push_back(name);
-    const TensorSpec* spec = operation.registration->manifest->find(name);
+  }
+  std::sort(seen.begin(), seen.end());
+  if (const auto twice = std::adjacent_find(seen.begin(), seen.end()); twice != seen.end()) {
+    return replies_.send_error(
+        asker, request_id,
+        {Errc::bad_argument, 0, "tensor " + std::string(*twice) + " is expected twice", {}});
+  }
+  for (const auto* entry : *message.expected()) {
+    const TensorSpec* spec = operation.registration->manifest->find(view(entry->name()));
     if (spec == nullptr) {
-      operation.missing.emplace_back(name);
+      operation.missing.emplace_back(view(entry->name()));
       continue;
     }
     Digest expected;
@@ -216,12 +239,6 @@ void Checker::begin_check(Session& asker, std::uint64_t request_id, const wire::
     std::copy(entry->value()->begin(), entry->value()->end(), expected.bytes.begin());
     operation.tensors.push_back({spec, nullptr});
     operation.expected.push_back(expected);
-  }
-  std::sort(seen.begin(), seen.end());
-  if (const auto twice = std::adjacent_find(seen.begin(), seen.end()); twice != seen.end()) {
-    return replies_.send_error(
-        asker, request_id,
-        {Errc::bad_argument, 0, "tensor " + std::string(*twice) + " is expected twice", {}});
   }
   std::sort(operation.missing.begin(), operation.missing.end());
   admit(std::move(*prepared));
@@ -235,25 +252,35 @@ void Checker::begin_digest(Session& asker, std::uint64_t request_id,
   CheckOperation& operation = **prepared;
   const Manifest& manifest = *operation.registration->manifest;
   operation.per_module = message.per_module();
-  if (message.selection() == nullptr || message.selection()->size() == 0) {
+  auto selection = decode_tensor_names(message.selection(), "the selection");
+  if (!selection) return replies_.send_error(asker, request_id, selection.error());
+  if (operation.per_module && !selection->empty()) {
+    return replies_.send_error(
+        asker, request_id,
+        {Errc::bad_argument,
+         0,
+         "a module's digest covers all of its tensors; ask for it without a selection",
+         {}});
+  }
+  std::vector<std::string> unknown;
+  for (const std::string& name : *selection) {
+    const TensorSpec* spec = manifest.find(name);
+    if (spec == nullptr) {
+      unknown.push_back("tensor " + name + " is not in " + manifest.label());
+    } else {
+      operation.tensors.push_back({spec, nullptr});
+    }
+  }
+  if (!unknown.empty()) {
+    std::sort(unknown.begin(), unknown.end());
+    return replies_.send_error(
+        asker, request_id,
+        {Errc::manifest_mismatch, 0,
+         "selected tensors that do not exist: " + std::to_string(unknown.size()),
+         std::move(unknown)});
+  }
+  if (selection->empty()) {
     for (const TensorSpec& spec : manifest.tensors()) operation.tensors.push_back({&spec, nullptr});
-  } else {
-    std::vector<std::string> unknown;
-    for (const auto* name : *message.selection()) {
-      const TensorSpec* spec = manifest.find(view(name));
-      if (spec == nullptr) {
-        unknown.push_back("tensor " + std::string(view(name)) + " is not in " + manifest.label());
-      } else {
-        operation.tensors.push_back({spec, nullptr});
-      }
-    }
-    if (!unknown.empty()) {
-      std::sort(unknown.begin(), unknown.end());
-      return replies_.send_error(
-          asker, request_id,
-          {Errc::manifest_mismatch, 0,
-           std::to_string(unknown.size()) + " selected tensors do not exist", std::move(unknown)});
-    }
   }
   std::sort(operation.tensors.begin(), operation.tensors.end(),
             [](const TensorView& a, const TensorView& b) { return a.spec->name < b.spec->name; });
@@ -263,12 +290,15 @@ void Checker::begin_digest(Session& asker, std::uint64_t request_id,
 void Checker::hash(CheckOperation& operation) {
   const auto& engine = *operation.engines.front();
   operation.reading = read_module(engine.memory->response_region().modules[operation.module->slot]);
-  background_.submit(HashJob::make(operation));
+  background_.submit(HashJob::make(operation), BackgroundPool::Priority::last);
 }
 
 void Checker::finish(CheckOperation& operation, bool faulted) {
   if (const auto asker = registry_.find(operation.session_id)) {
-    if (faulted) {
+    if (operation.cancelled.load()) {
+      replies_.send_error(*asker, operation.request_id,
+                          {Errc::shutting_down, 0, "the daemon is shutting down", {}});
+    } else if (faulted) {
       replies_.send_error(*asker, operation.request_id,
                           {Errc::memory_fault,
                            0,
@@ -348,6 +378,10 @@ void Checker::on_session_end(Session& session) {
   const auto concerned = [&](const CheckOperation& one) {
     return one.session_id == session.id || one.engines.front().get() == &session;
   };
+  // Nobody reads what a dead asker wanted; what runs stops at its next tensor.
+  for (const auto& operation : operations_) {
+    if (operation->session_id == session.id) operation->cancelled.store(true);
+  }
   while (CheckOperation* operation = find_waiting(concerned)) {
     fail_waiting(*operation, {Errc::engine_gone, 0, session.label() + " is gone", {}});
   }
@@ -384,9 +418,10 @@ Clock::time_point Checker::on_time(Clock::time_point now) {
   return next_deadline();
 }
 
-void Checker::cancel_waiting(const Error& reason) {
+void Checker::cancel(const Error& reason) {
   while (CheckOperation* operation = find_waiting([](const CheckOperation&) { return true; }))
     fail_waiting(*operation, reason);
+  for (const auto& operation : operations_) operation->cancelled.store(true);
 }
 
 }  // namespace refit::daemon

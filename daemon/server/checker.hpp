@@ -33,7 +33,8 @@ class Checker {
   Clock::time_point on_time(Clock::time_point now);
   [[nodiscard]] Clock::time_point next_deadline() const;
   [[nodiscard]] bool idle() const noexcept { return operations_.empty(); }
-  void cancel_waiting(const Error& reason);
+  /// Refuses what waits and stops what runs at its next tensor.
+  void cancel(const Error& reason);
 
  private:
   class CheckOperation;

@@ -4,6 +4,7 @@
 // pushed it until its function runs.
 #pragma once
 
+#include <atomic>
 #include <mutex>
 
 #include "ipc/doorbell.hpp"
@@ -31,6 +32,7 @@ class CompletionQueue {
       completion.next = nullptr;
       (last_ == nullptr ? first_ : last_->next) = &completion;
       last_ = &completion;
+      waiting_.store(true);
     }
     doorbell_.ring();
   }
@@ -42,6 +44,7 @@ class CompletionQueue {
       const std::lock_guard lock(mutex_);
       node = first_;
       first_ = last_ = nullptr;
+      waiting_.store(false);
     }
     while (node != nullptr) {
       Completion* next = node->next;  // run() may free the node
@@ -50,6 +53,8 @@ class CompletionQueue {
     }
   }
 
+  /// One load; for a loop that never blocks.
+  [[nodiscard]] bool waiting() const noexcept { return waiting_.load(); }
   [[nodiscard]] int fd() const noexcept { return doorbell_.fd(); }
 
  private:
@@ -58,6 +63,7 @@ class CompletionQueue {
   std::mutex mutex_;
   Completion* first_ = nullptr;
   Completion* last_ = nullptr;
+  std::atomic<bool> waiting_{false};
 };
 
 }  // namespace refit::daemon

@@ -2,12 +2,10 @@
 
 #include <algorithm>
 
+#include "ipc/shared_layout.hpp"
+
 namespace refit::daemon {
 namespace {
-
-Dims dims(const flatbuffers::Vector<std::uint64_t>* values) {
-  return values == nullptr ? Dims{} : Dims(values->begin(), values->end());
-}
 
 template <typename Vector>
 std::size_t count(const Vector* vector) {
@@ -21,7 +19,62 @@ Result<void> bounded(std::size_t value, std::size_t limit, const std::string& mo
                                std::to_string(limit));
 }
 
+/// FlatBuffers shares: thousands of fields may name one long string or vector of a short message.
+/// All that is copied together may therefore have no more bytes than a message. One that shares
+/// nothing always fits, and what is too long in it is left for Manifest to list.
+class BoundedCopy {
+ public:
+  Dims dims(const flatbuffers::Vector<std::uint64_t>* values) {
+    if (values == nullptr || !spend(values->size() * sizeof(std::uint64_t))) return {};
+    return Dims(values->begin(), values->end());
+  }
+
+  std::string text(const flatbuffers::String* value) {
+    if (value == nullptr || !spend(value->size())) return {};
+    return std::string(view(value));
+  }
+
+  [[nodiscard]] bool overspent() const noexcept { return overspent_; }
+
+ private:
+  bool spend(std::size_t bytes) {
+    overspent_ = overspent_ || bytes > left_bytes_;
+    if (overspent_) return false;
+    left_bytes_ -= bytes;
+    return true;
+  }
+  std::size_t left_bytes_ = kPayloadBytesMax;
+  bool overspent_ = false;
+};
+
 }  // namespace
+
+Result<std::vector<std::string>> decode_tensor_names(const Names* names, const char* what) {
+  const ManifestLimits limits;
+  std::vector<std::string> copied;
+  if (names == nullptr) return copied;
+  if (names->size() > limits.tensors_max) {
+    return fail(Errc::quota, std::string(what) + " has " + std::to_string(names->size()) +
+                                 " names; the limit is " + std::to_string(limits.tensors_max));
+  }
+  copied.reserve(names->size());
+  for (const auto* name : *names) {
+    if (name->size() > limits.name_bytes_max) {
+      return fail(Errc::quota, std::string(what) + " has a name of " +
+                                   std::to_string(name->size()) + " bytes; the limit is " +
+                                   std::to_string(limits.name_bytes_max));
+    }
+    copied.emplace_back(view(name));
+  }
+  std::vector<std::string_view> sorted(copied.begin(), copied.end());
+  std::sort(sorted.begin(), sorted.end());
+  const auto twice = std::adjacent_find(sorted.begin(), sorted.end());
+  if (twice != sorted.end()) {
+    return fail(Errc::bad_argument,
+                std::string(what) + " names tensor " + std::string(*twice) + " twice");
+  }
+  return copied;
+}
 
 Result<std::string> decode_name(const flatbuffers::String* text, const char* what) {
   const std::string_view name = view(text);
@@ -50,30 +103,37 @@ Result<RegisterRequest> decode(const wire::RegisterModule& message, const Manife
     for (const auto* region : *message.regions())
       request.regions.push_back({region->ticket(), region->bytes()});
   }
+  BoundedCopy copy;
   if (message.tensors() != nullptr) {
     request.tensors.reserve(message.tensors()->size());
     for (const auto* tensor : *message.tensors()) {
       TensorSpec spec;
-      spec.name = view(tensor->name());
+      spec.name = copy.text(tensor->name());
       spec.dtype = static_cast<DType>(tensor->dtype());
-      spec.shape = dims(tensor->shape());
-      spec.strides = dims(tensor->strides());
+      spec.shape = copy.dims(tensor->shape());
+      spec.strides = copy.dims(tensor->strides());
       spec.region = tensor->region();
       spec.offset_bytes = tensor->offset();
-      spec.global_shape = dims(tensor->global_shape());
-      spec.box_offset = dims(tensor->box_offset());
+      spec.global_shape = copy.dims(tensor->global_shape());
+      spec.box_offset = copy.dims(tensor->box_offset());
       request.tensors.push_back(std::move(spec));
     }
   }
   if (message.name_map() != nullptr) {
     for (const auto* rule : *message.name_map()) {
-      request.name_map.push_back({std::string(view(rule->pattern())),
-                                  std::string(view(rule->target())), rule->part(), rule->parts()});
+      request.name_map.push_back(
+          {copy.text(rule->pattern()), copy.text(rule->target()), rule->part(), rule->parts()});
     }
+  }
+  if (copy.overspent()) {
+    return fail(Errc::bad_manifest,
+                request.module + ": the names and shapes add up to more than a message may have (" +
+                    std::to_string(kPayloadBytesMax) + " bytes)");
   }
   request.version = message.version();
   request.transaction = from_wire(message.transaction());
   request.poisoned = message.poisoned();
+  request.selection = message.selection();
   return request;
 }
 

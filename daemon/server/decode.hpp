@@ -15,11 +15,16 @@
 namespace refit::daemon {
 
 inline constexpr std::size_t kNameBytesMax = 256;  ///< of sessions, engines and modules
-inline constexpr std::size_t kTargetsMax = 64;
 
 /// A name of a session, engine or module: 1 to 256 printable bytes without '/', which separates
 /// engine and module.
 Result<std::string> decode_name(const flatbuffers::String* text, const char* what);
+
+using Names = flatbuffers::Vector<flatbuffers::Offset<flatbuffers::String>>;
+
+/// A list of tensor names, bounded before a byte of it is copied: many offsets of a small message
+/// may name one long string. Errors: Errc::quota, Errc::bad_argument for a name that stands twice.
+Result<std::vector<std::string>> decode_tensor_names(const Names* names, const char* what);
 
 struct RegionClaim {
   std::uint64_t ticket = 0;
@@ -34,6 +39,7 @@ struct RegisterRequest {
   std::uint64_t version = 0;
   TransactionId transaction;
   bool poisoned = false;
+  std::uint64_t selection = 0;
 };
 Result<RegisterRequest> decode(const wire::RegisterModule& message, const ManifestLimits& limits);
 

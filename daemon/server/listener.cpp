@@ -79,10 +79,8 @@ Result<Listener> Listener::from_systemd() {
 }
 
 Listener::~Listener() {
-  if (!path_.empty() && socket_) {
-    ::unlink(path_.c_str());
-    ::unlink((path_ + ".lock").c_str());
-  }
+  // The lock file stays: removing it would let two daemons hold locks on two files of one name.
+  if (!path_.empty() && socket_) ::unlink(path_.c_str());
 }
 
 }  // namespace refit::daemon

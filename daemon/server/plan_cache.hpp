@@ -11,6 +11,7 @@
 #include "ipc/wire.hpp"
 #include "memory/copy_pool.hpp"
 #include "plan/plan.hpp"
+#include "server/decode.hpp"
 #include "server/session.hpp"
 
 namespace refit::daemon {
@@ -21,13 +22,14 @@ struct BoundPlan {
   std::shared_ptr<Registration> target;
   PlanOptions options;
   Plan plan;
+  std::uint64_t selection_hash = 0;  ///< of the names of the tensors that it writes; never 0
   std::vector<CopyOp> ops;
   CopyJob job;
 };
 
 class PlanCache {
  public:
-  using Selection = flatbuffers::Vector<flatbuffers::Offset<flatbuffers::String>>;
+  using Selection = Names;
 
   PlanCache() { entries_.reserve(kEntriesMax); }
 

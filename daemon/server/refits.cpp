@@ -49,10 +49,8 @@ class Refits::Refit final : public Operation, public Completion {
   bool has_engines = false;  ///< the scheduler gave them; leave() gives them back
   std::uint64_t session_id = 0;
   std::uint64_t request_id = 0;
-  uid_t uid = 0;
   bool reset_caches = false;
   std::vector<Target> targets;
-  std::vector<std::shared_ptr<SessionMemory>> memories;  ///< keeps the words mapped whoever dies
   Transaction transaction;
   Clock::time_point arrived, started, gated, wrote, deadline;
   std::uint64_t bytes = 0;
@@ -89,7 +87,6 @@ void Refits::retire(Refit& refit) {
   refit.has_engines = false;
   refit.targets.clear();
   refit.engines.clear();
-  refit.memories.clear();
   const auto found = std::find_if(active_.begin(), active_.end(),
                                   [&](const auto& entry) { return entry.get() == &refit; });
   REFIT_ASSERT(found != active_.end());
@@ -105,7 +102,6 @@ void Refits::begin(Session& trainer, std::uint64_t request_id, const wire::Refit
   Refit& refit = take_free();
   refit.session_id = trainer.id;
   refit.request_id = request_id;
-  refit.uid = trainer.peer.uid;
   refit.reset_caches = message.reset_caches();
   refit.arrived = arrived;
   refit.deadline =
@@ -119,7 +115,6 @@ void Refits::begin(Session& trainer, std::uint64_t request_id, const wire::Refit
     replies_.send_error(trainer, request_id, resolved.error());
     return retire(refit);
   }
-  if (replay(trainer, request_id, refit.transaction.id(), refit)) return retire(refit);
   refit.phase = Phase::queued;
   scheduler_.enqueue(refit);
 }
@@ -168,46 +163,49 @@ Result<void> Refits::resolve(Refit& refit, Session& trainer, const wire::Refit& 
   return {};
 }
 
-/// The recorded outcome of a transaction that was committed before.
-bool Refits::replay(Session& trainer, std::uint64_t request_id, const TransactionId& id,
-                    const Refit& refit) {
-  Outcome known{trainer.peer.uid, id, 0, refit.bytes, refit.tensors};
-  const auto recorded = std::find_if(
-      outcomes_.begin(), outcomes_.end(),
-      [&](const Outcome& outcome) { return outcome.id == id && outcome.uid == trainer.peer.uid; });
-  if (recorded != outcomes_.end()) {
-    known = *recorded;
-  } else {
-    // Committed by a daemon before this one: then every target says so itself.
-    for (const Target& target : refit.targets) {
-      const auto& engine = *refit.engines[target.engine];
-      const ModuleReading reading =
-          read_module(engine.memory->response_region().modules[target.module->slot]);
-      if (reading.word.state != ModuleState::committed || reading.transaction != id) return false;
-      known.version = std::max(known.version, reading.version);
-    }
+/// The recorded outcome of a transaction that was committed before: only if every target is whole
+/// and vouches for it itself, so that an engine that started anew or was broken since is written
+/// again.
+bool Refits::replay(Refit& refit) {
+  std::uint64_t version = 0;
+  for (const Target& target : refit.targets) {
+    const ModuleReading reading = read_module(block_of(refit, target));
+    if (reading.word.state != ModuleState::committed) return false;
+    const Committed wanted{refit.transaction.id(), target.plan->selection_hash, 0};
+    const Committed last{reading.transaction, reading.selection, reading.version};
+    const auto& recent = target.module->recent;
+    const auto found = std::find(recent.begin(), recent.end(), wanted);
+    if (found == recent.end() && !(last == wanted)) return false;
+    version = std::max(version, found == recent.end() ? last.version : found->version);
   }
-  auto& fbb = replies_.builder();
-  const wire::Phases phases(0, 0, 0, 0, us_between(refit.arrived, Clock::now()));
-  replies_.send(trainer, request_id, wire::Body::Refitted,
-                wire::CreateRefitted(fbb, known.version, known.bytes, known.tensors,
-                                     static_cast<std::uint8_t>(Guarantee::atomic), &phases, true)
-                    .Union());
+  if (const auto trainer = registry_.find(refit.session_id)) {
+    auto& fbb = replies_.builder();
+    const wire::Phases phases(0, 0, 0, 0, us_between(refit.arrived, Clock::now()));
+    replies_.send(*trainer, refit.request_id, wire::Body::Refitted,
+                  wire::CreateRefitted(fbb, version, refit.bytes, refit.tensors,
+                                       static_cast<std::uint8_t>(Guarantee::atomic), &phases, true)
+                      .Union());
+  }
   return true;
+}
+
+ModuleBlock& Refits::block_of(const Refit& refit, const Target& target) {
+  return refit.engines[target.engine]->memory->response_region().modules[target.module->slot];
 }
 
 // ---- gate
 
 /// A module whose bytes may be a mix takes only what makes all of it whole: every tensor, or the
-/// transaction that broke it.
+/// transaction that broke it with the tensors that it wrote then.
 Result<void> Refits::check_poison(const Refit& refit) const {
   for (const Target& target : refit.targets) {
-    const auto& engine = *refit.engines[target.engine];
-    const ModuleReading reading =
-        read_module(engine.memory->response_region().modules[target.module->slot]);
+    const ModuleReading reading = read_module(block_of(refit, target));
     if (reading.word.state != ModuleState::poisoned || target.plan->plan.whole) continue;
-    if (reading.transaction == refit.transaction.id()) continue;
-    return fail(Errc::poisoned, engine.name + "/" + target.module->name +
+    if (reading.transaction == refit.transaction.id() &&
+        reading.selection == target.plan->selection_hash) {
+      continue;
+    }
+    return fail(Errc::poisoned, refit.engines[target.engine]->name + "/" + target.module->name +
                                     " is poisoned by transaction " +
                                     reading.transaction.to_string() +
                                     ": refit all of its tensors, or send that transaction again");
@@ -217,18 +215,20 @@ Result<void> Refits::check_poison(const Refit& refit) const {
 
 void Refits::open_gates(Refit& refit) {
   refit.started = Clock::now();
+  // Looked at only now: the same transaction may have been committed while this one waited its
+  // turn.
+  if (replay(refit)) return release_engines(refit);
   if (auto allowed = check_poison(refit); !allowed) return fail_refit(refit, allowed.error());
   refit.phase = Phase::gating;
   for (const auto& engine : refit.engines) {
-    refit.memories.push_back(engine->memory);
     refit.transaction.add_engine({&engine->memory->response_region().gate,
                                   &engine->memory->request_region().gate_answer,
                                   &engine->gate_epoch});
   }
   for (const Target& target : refit.targets) {
-    ModuleBlock& block =
-        refit.engines[target.engine]->memory->response_region().modules[target.module->slot];
-    refit.transaction.add_module(target.engine, block, read_module(block).version + 1);
+    ModuleBlock& block = block_of(refit, target);
+    refit.transaction.add_module(target.engine, block, read_module(block).version + 1,
+                                 target.plan->selection_hash);
   }
   const std::uint8_t flags =
       static_cast<std::uint8_t>((refit.bytes > kInlineCopyBytesMax ? GateWord::kLongCopy : 0) |
@@ -248,7 +248,11 @@ void Refits::wait_briefly(Refit& refit) {
   spin_briefly([&] { return refit.transaction.readiness() != Transaction::Readiness::waiting; });
   // From here on an engine rings again. An answer that fell between the last look and this store is
   // looked for below.
-  for (const auto& engine : refit.engines) engine->memory->response_region().daemon_awake.store(0);
+  for (const auto& engine : refit.engines) {
+    engine->memory->response_region().daemon_awake.store(0);
+    // A request that came meanwhile was not rung for either.
+    if (engine->has_request()) engine->ring_myself();
+  }
   on_readiness(refit);
 }
 
@@ -272,15 +276,46 @@ void Refits::on_readiness(Refit& refit) {
       break;
     case Transaction::Readiness::all_ready:
       refit.gated = Clock::now();
-      for (const auto& engine : refit.engines)
+      for (const auto& engine : refit.engines) {
         engine->last_gate_us = us_between(refit.started, refit.gated);
+      }
+      // Nobody waits for a refit whose time is over: its trainer may be changing the source
+      // already.
+      if (refit.gated >= refit.deadline || abandoned(refit)) return fail_late(refit);
       if (refit.transaction.begin_writing()) return write(refit);
+  }
+  std::string who;
+  for (std::size_t i = 0; i < refit.engines.size(); ++i) {
+    if (refit.transaction.withdrawn(i)) who += (who.empty() ? "" : ", ") + refit.engines[i]->name;
   }
   fail_refit(refit, {Errc::engine_not_ready,
                      0,
-                     refit.engines.front()->name +
-                         ": the engine stepped back from its gate; nothing was changed",
+                     "engine " + who + " stepped back from its gate; nothing was changed",
                      {}});
+}
+
+/// The client gave this request up. It says so before its call returns, so a source byte that it
+/// changes afterwards is changed after this word.
+bool Refits::abandoned(const Refit& refit) const {
+  const auto trainer = registry_.find(refit.session_id);
+  return trainer == nullptr ||
+         trainer->memory->request_region().abandoned_request.load() >= refit.request_id;
+}
+
+void Refits::fail_late(Refit& refit) {
+  std::string who;
+  for (std::size_t i = 0; i < refit.engines.size(); ++i) {
+    if (refit.phase == Phase::queued || !refit.transaction.ready(i)) {
+      who += (who.empty() ? "" : ", ") + refit.engines[i]->name;
+    }
+  }
+  std::string what = "the deadline passed before the copy began";
+  if (refit.phase == Phase::queued) {
+    what = "engine " + who + " was busy with another refit, a check or populating pages";
+  } else if (!who.empty()) {
+    what = "engine " + who + " did not reach its gate in time";
+  }
+  fail_refit(refit, {Errc::engine_not_ready, 0, what + "; nothing was changed", {}});
 }
 
 // ---- writing
@@ -326,7 +361,7 @@ void Refits::copied(Refit& refit) {
     wake_engines(refit);
     return fail_refit(refit, {Errc::memory_fault,
                               0,
-                              refit.targets.front().module->registration->manifest->label() +
+                              refit.targets.front().plan->target->manifest->label() +
                                   ": client memory faulted (SIGBUS) while it was copied; the "
                                   "target is poisoned until a refit commits",
                               {}});
@@ -357,11 +392,11 @@ void Refits::reply(Refit& refit) {
   for (const Target& target : refit.targets) {
     const Session& engine = *refit.engines[target.engine];
     if (engine.closed) lost = &engine;
-    version = std::max(
-        version,
-        read_module(refit.memories[target.engine]->response_region().modules[target.module->slot])
-            .version);
+    const std::uint64_t committed = read_module(block_of(refit, target)).version;
+    version = std::max(version, committed);
     Module& module = *target.module;
+    module.recent[module.refits % module.recent.size()] = {refit.transaction.id(),
+                                                           target.plan->selection_hash, committed};
     ++module.refits;
     module.last = times;
     module.last_bytes = target.plan->plan.bytes;
@@ -375,8 +410,6 @@ void Refits::reply(Refit& refit) {
                     (refit.engines.size() > 1 ? "; the other engines hold the new weights" : ""),
                 {}});
   }
-  outcomes_[outcome_next_++ % outcomes_.size()] = {refit.uid, refit.transaction.id(), version,
-                                                   refit.bytes, refit.tensors};
   if (const auto trainer = registry_.find(refit.session_id)) {
     auto& fbb = replies_.builder();
     const wire::Phases phases(times.wait_us, times.gate_us, times.copy_us, times.check_us,
@@ -475,20 +508,7 @@ Clock::time_point Refits::next_deadline() const {
 
 Clock::time_point Refits::on_time(Clock::time_point now) {
   while (Refit* late = find_waiting([now](const Refit& one) { return now >= one.deadline; })) {
-    std::string who;
-    for (std::size_t i = 0; i < late->engines.size(); ++i) {
-      if (late->phase == Phase::queued || !late->transaction.ready(i))
-        who += (who.empty() ? "" : ", ") + late->engines[i]->name;
-    }
-    fail_refit(
-        *late,
-        {Errc::engine_not_ready,
-         0,
-         late->phase == Phase::gating
-             ? "engine " + who + " did not reach its gate in time; nothing was changed"
-             : "engine " + who +
-                   " was busy with another refit, a check or populating pages; nothing was changed",
-         {}});
+    fail_late(*late);
   }
   return next_deadline();
 }

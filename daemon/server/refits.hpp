@@ -5,7 +5,6 @@
 // nothing is allocated.
 #pragma once
 
-#include <array>
 #include <memory>
 #include <vector>
 
@@ -64,8 +63,10 @@ class Refits {
 
   Result<void> resolve(Refit& refit, Session& trainer, const wire::Refit& message);
   Result<void> check_poison(const Refit& refit) const;
-  bool replay(Session& trainer, std::uint64_t request_id, const TransactionId& id,
-              const Refit& refit);
+  bool replay(Refit& refit);
+  [[nodiscard]] static ModuleBlock& block_of(const Refit& refit, const Target& target);
+  [[nodiscard]] bool abandoned(const Refit& refit) const;
+  void fail_late(Refit& refit);
   void open_gates(Refit& refit);
   void wait_briefly(Refit& refit);
   void on_readiness(Refit& refit);
@@ -78,14 +79,6 @@ class Refits {
   template <typename Predicate>
   Refit* find_waiting(Predicate&& matches);
 
-  struct Outcome {
-    uid_t uid = 0;
-    TransactionId id;
-    std::uint64_t version = 0;
-    std::uint64_t bytes = 0;
-    std::uint32_t tensors = 0;
-  };
-
   Registry& registry_;
   Scheduler& scheduler_;
   Replies& replies_;
@@ -95,8 +88,6 @@ class Refits {
   PlanCache plans_;
   std::vector<std::unique_ptr<Refit>> free_;
   std::vector<std::unique_ptr<Refit>> active_;
-  std::array<Outcome, 256> outcomes_{};  ///< of committed transactions, oldest overwritten
-  std::size_t outcome_next_ = 0;
   std::uint64_t committed_count_ = 0;
 };
 

@@ -44,34 +44,54 @@ class PopulateJob final : public BackgroundJob {
   std::uint64_t took_us_ = 0;
 };
 
-class CloseJob final : public BackgroundJob {
+/// Ends what it holds on a pool thread.
+template <typename Held>
+class DropJob final : public BackgroundJob {
  public:
-  explicit CloseJob(UniqueFd fd) : BackgroundJob(1), fd_(std::move(fd)) {}
-  void run_part(std::size_t) override { fd_.reset(); }
+  explicit DropJob(Held held) : BackgroundJob(1), held_(std::move(held)) {}
+  void run_part(std::size_t) override { held_ = Held(); }
   void finished() override {}
 
  private:
-  UniqueFd fd_;
+  Held held_;
 };
 
+/// What a client claims of its module's bytes. What this daemon knows better stays: a poisoned
+/// module is not made whole by registering it again, and no version falls.
 void write_initial_words(ModuleBlock& block, const RegisterRequest& request) {
-  const ModuleState state = request.poisoned       ? ModuleState::poisoned
-                            : request.version == 0 ? ModuleState::initial
-                                                   : ModuleState::committed;
-  const ModuleWord word = fill_next_record(block, 0, state, request.transaction, request.version);
+  ModuleReading held = read_module(block);
+  if (held.word.state == ModuleState::none) held = ModuleReading{};
+  const bool poisoned = held.word.state == ModuleState::poisoned;
+  ModuleState state = request.version == 0 ? ModuleState::initial : ModuleState::committed;
+  if (request.poisoned || poisoned) state = ModuleState::poisoned;
+  const bool keep = poisoned || held.version > request.version;
+  const ModuleWord word = fill_next_record(
+      block, held.word.epoch, state, keep ? held.transaction : request.transaction,
+      keep ? held.version : request.version, keep ? held.selection : request.selection);
   block.word.store(word.pack());
 }
 
+/// Ranges that one session may have mapped; the kernel gives a process some 65,000.
+constexpr std::size_t kRegionsPerSessionMax = 512;
+
 }  // namespace
 
-void Registrar::close_later(UniqueFd fd) {
-  background_.submit(std::make_unique<CloseJob>(std::move(fd)));
+void Registrar::close_later(std::vector<UniqueFd> fds) {
+  if (fds.empty()) return;
+  background_.submit(std::make_unique<DropJob<std::vector<UniqueFd>>>(std::move(fds)),
+                     BackgroundPool::Priority::first);
+}
+
+void Registrar::drop_later(std::shared_ptr<Registration> registration) {
+  background_.submit(
+      std::make_unique<DropJob<std::shared_ptr<Registration>>>(std::move(registration)),
+      BackgroundPool::Priority::first);
 }
 
 Result<Registrar::Mapped> Registrar::map_regions(Session& session, const RegisterRequest& request) {
-  Mapped mapped;
   // Claim every ticket first, so that a refused registration leaves none behind.
   std::vector<UniqueFd> fds;
+  std::string missing;
   for (const RegionClaim& claim : request.regions) {
     auto found = session.tickets.find(claim.ticket);
     if (found == session.tickets.end()) {
@@ -79,47 +99,84 @@ Result<Registrar::Mapped> Registrar::map_regions(Session& session, const Registe
       found = session.tickets.find(claim.ticket);
     }
     if (found == session.tickets.end()) {
-      return fail(Errc::unknown_ticket, request.module + ": region " + std::to_string(fds.size()) +
-                                            " names ticket " + std::to_string(claim.ticket) +
-                                            ", for which no fd arrived");
+      missing = request.module + ": region " + std::to_string(fds.size()) + " names ticket " +
+                std::to_string(claim.ticket) + ", for which no fd arrived";
+      break;
     }
     fds.push_back(std::move(found->second.fd));
     session.tickets.erase(found);
   }
+  Result<Mapped> mapped = missing.empty() ? map_fds(session, request, fds)
+                                          : Result<Mapped>(fail(Errc::unknown_ticket, missing));
+  close_later(std::move(fds));
+  return mapped;
+}
+
+Result<Registrar::Mapped> Registrar::map_fds(const Session& session, const RegisterRequest& request,
+                                             const std::vector<UniqueFd>& fds) {
+  std::size_t regions = fds.size();
+  for (const auto& [name, module] : session.modules) {
+    if (name != request.module) regions += module->registration->regions.size();
+  }
+  if (regions > kRegionsPerSessionMax) {
+    return fail(Errc::quota, session.name + " would have " + std::to_string(regions) +
+                                 " regions; the limit is " + std::to_string(kRegionsPerSessionMax) +
+                                 " (put tensors into fewer, larger regions)");
+  }
+  Mapped mapped;
   for (std::size_t i = 0; i < fds.size(); ++i) {
     const std::string label = session.name + "/" + request.module + ": region " + std::to_string(i);
-    auto info = inspect_memfd(fds[i].get(), label);
-    if (!info) {
-      close_later(std::move(fds[i]));
-      return Unexpected(std::move(info).error());
-    }
-    if ((info->seals & F_SEAL_SHRINK) == 0) {
+    REFIT_TRY_ASSIGN(const MemfdInfo info, inspect_memfd(fds[i].get(), label));
+    if ((info.seals & F_SEAL_SHRINK) == 0) {
       return fail(
           Errc::bad_region,
           label + " is not sealed against shrinking (F_SEAL_SHRINK); use refit::SharedMemory");
     }
     const std::uint64_t declared = request.regions[i].bytes;
-    if (info->bytes < declared) {
-      return fail(Errc::bad_region, label + " has " + std::to_string(info->bytes) + " bytes, but " +
+    if (info.bytes < declared) {
+      return fail(Errc::bad_region, label + " has " + std::to_string(info.bytes) + " bytes, but " +
                                         std::to_string(declared) + " were declared");
+    }
+    // Pages that populating would allocate are charged to this daemon: the client brings its own.
+    if (info.backed_bytes < declared) {
+      return fail(Errc::bad_region,
+                  label + " has memory behind " + std::to_string(info.backed_bytes) + " of " +
+                      std::to_string(declared) +
+                      " bytes; allocate it (posix_fallocate) or use refit::SharedMemory");
     }
     REFIT_TRY_ASSIGN(Mapping mapping,
                      Mapping::map(fds[i].get(), declared, access_of(session), label));
     mapped.mappings.push_back(std::move(mapping));
-    mapped.infos.push_back({declared, info->device, info->inode});
+    mapped.infos.push_back({declared, info.device, info.inode});
   }
   return mapped;
 }
 
 Result<std::shared_ptr<Module>> Registrar::place(Session& session, const RegisterRequest& request,
                                                  std::shared_ptr<Registration> registration) {
+  // A refit of one module must not change another's bytes behind its version, whichever engine has
+  // it.
+  std::vector<std::string> shared;
+  for (const auto& [id, holder] : registry_.sessions) {
+    if (session.role != Role::engine || holder->role != Role::engine) continue;
+    for (const auto& [name, other] : holder->modules) {
+      if (id == session.id && name == request.module) continue;
+      const auto lines = registration->manifest->shared_with(*other->registration->manifest);
+      shared.insert(shared.end(), lines.begin(), lines.end());
+    }
+  }
+  if (!shared.empty()) {
+    return fail(Errc::bad_manifest,
+                registration->manifest->label() + " shares memory with another module",
+                std::move(shared));
+  }
   const auto found = session.modules.find(request.module);
   if (found != session.modules.end()) {
     if (!release_module(session, *found->second)) {
       return fail(Errc::busy, session.name + "/" + request.module +
                                   " is being written; register it again after the refit");
     }
-    found->second->registration = std::move(registration);
+    drop_later(std::exchange(found->second->registration, std::move(registration)));
     return found->second;
   }
   if (session.modules.size() >= kModulesMax) {
@@ -163,7 +220,7 @@ void Registrar::register_module(Session& session, std::uint64_t request_id,
 
   const std::uint64_t session_id = session.id;
   const std::uint32_t slot = (*module)->slot;
-  background_.submit(std::make_unique<PopulateJob>(
+  auto job = std::make_unique<PopulateJob>(
       registration, access_of(session),
       [this, session_id, request_id, registration, slot](Result<void> outcome,
                                                          std::uint64_t took_us) {
@@ -172,21 +229,34 @@ void Registrar::register_module(Session& session, std::uint64_t request_id,
         const auto owner = registry_.find(session_id);
         if (owner == nullptr) return;
         if (!outcome) {
-          std::erase_if(owner->modules, [&](const auto& entry) {
-            return entry.second->registration == registration;
-          });
+          for (auto entry = owner->modules.begin(); entry != owner->modules.end(); ++entry) {
+            if (entry->second->registration != registration) continue;
+            release_module(*owner, *entry->second);
+            owner->modules.erase(entry);
+            break;
+          }
           return replies_.send_error(*owner, request_id, outcome.error());
         }
         auto& fbb = replies_.builder();
         replies_.send(*owner, request_id, wire::Body::Registered,
                       wire::CreateRegistered(fbb, registration->generation, took_us, slot).Union());
-      }));
+      });
+  background_.submit(std::move(job), BackgroundPool::Priority::first);
 }
 
 void Registrar::unregister_module(Session& session, std::uint64_t request_id,
                                   const wire::UnregisterModule& message) {
   auto module = registry_.module_of(session, view(message.module_name()));
   if (!module) return replies_.send_error(session, request_id, module.error());
+  const ModuleBlock& words = session.memory->response_region().modules[(*module)->slot];
+  if (session.role == Role::engine && read_module(words).word.state == ModuleState::poisoned) {
+    return replies_.send_error(session, request_id,
+                               {Errc::poisoned,
+                                0,
+                                session.name + "/" + (*module)->name +
+                                    " is poisoned; refit all of it before it is unregistered",
+                                {}});
+  }
   if (!release_module(session, **module)) {
     return replies_.send_error(
         session, request_id,
@@ -195,8 +265,8 @@ void Registrar::unregister_module(Session& session, std::uint64_t request_id,
   if (session.role == Role::engine) {
     session.memory->response_region().modules[(*module)->slot].word.store(ModuleWord{}.pack());
   }
+  drop_later((*module)->registration);
   session.modules.erase((*module)->name);
-  replies_.builder();
   replies_.send_ok(session, request_id);
 }
 

@@ -30,8 +30,11 @@ class Registrar {
                        const wire::RegisterModule& message);
   void unregister_module(Session& session, std::uint64_t request_id,
                          const wire::UnregisterModule& message);
-  /// Closes an fd of unknown kind off the loop thread: closing may block (a network filesystem).
-  void close_later(UniqueFd fd);
+  /// Closes fds of unknown kind off the loop thread: closing may block (FUSE, a network
+  /// filesystem).
+  void close_later(std::vector<UniqueFd> fds);
+  /// Unmaps what may be gigabytes off the loop thread, if nobody else holds it.
+  void drop_later(std::shared_ptr<Registration> registration);
 
  private:
   struct Mapped {
@@ -39,6 +42,8 @@ class Registrar {
     std::vector<RegionInfo> infos;
   };
   Result<Mapped> map_regions(Session& session, const RegisterRequest& request);
+  static Result<Mapped> map_fds(const Session& session, const RegisterRequest& request,
+                                const std::vector<UniqueFd>& fds);
   Result<std::shared_ptr<Module>> place(Session& session, const RegisterRequest& request,
                                         std::shared_ptr<Registration> registration);
 

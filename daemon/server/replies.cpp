@@ -36,6 +36,16 @@ void Replies::send_error(Session& session, std::uint64_t request_id, const Error
 
 void Replies::deliver(Session& session, std::uint64_t request_id) {
   if (session.closed) return;
+  if (session.in_flight > 0) --session.in_flight;
+  if (builder_.GetSize() > kPayloadBytesMax) {
+    ++session.in_flight;
+    return send_error(session, request_id,
+                      {Errc::quota,
+                       0,
+                       "the answer has " + std::to_string(builder_.GetSize()) +
+                           " bytes, more than a message carries; ask for less at a time",
+                       {}});
+  }
   if (!session.reply(request_id, builder_) && overrun) overrun(session);
 }
 

@@ -26,6 +26,7 @@ class Replies {
   void send(Session& session, std::uint64_t request_id, wire::Body type,
             flatbuffers::Offset<void> body);
   void send_ok(Session& session, std::uint64_t request_id) {
+    builder();
     send(session, request_id, wire::Body::NONE, {});
   }
   void send_error(Session& session, std::uint64_t request_id, const Error& error);

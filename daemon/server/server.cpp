@@ -1,5 +1,6 @@
 #include "server/server.hpp"
 
+#include <poll.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
@@ -87,6 +88,12 @@ Result<Hello> decode_hello(const ReceivedMessage& message) {
                static_cast<Waiting>(hello->waiting())};
 }
 
+/// The peer closed its socket or died, whether or not the loop knows.
+bool is_gone(const Session& session) {
+  pollfd fds[] = {{session.socket.get(), POLLRDHUP, 0}, {session.pidfd.get(), POLLIN, 0}};
+  return ::poll(fds, 2, 0) > 0;
+}
+
 }  // namespace
 
 Server::Server(const Options& options, Listener listener, CompletionQueue completions,
@@ -117,9 +124,8 @@ Result<void> Server::set_up() {
   refits_ = std::make_unique<Refits>(registry_, scheduler_, replies_, *copy_pool_, completions_,
                                      options_.waiting);
   checker_ = std::make_unique<Checker>(registry_, scheduler_, replies_, *background_);
-  replies_.overrun = [this](Session& session) {
-    end_session(session, "it does not read its replies");
-  };
+  // Only noted: whoever replies may be in the middle of changing what the end of a session changes.
+  replies_.overrun = [this](Session& session) { overrun_.push_back(session.id); };
   registrar_->drain_tickets = [this](Session& session) { drain_tickets(session); };
   registrar_->release_module = [this](Session& session, Module& module) {
     if (!refits_->on_registration_end(session, module)) return false;
@@ -153,7 +159,7 @@ Result<void> Server::set_up() {
   if (code < 0) return fail_os("watching the completion queue", -code);
   completion_source_.reset(source);
   code = sd_event_add_time(
-      event, &source, CLOCK_MONOTONIC, UINT64_MAX, 0,
+      event, &source, CLOCK_MONOTONIC, UINT64_MAX, /*accuracy=*/1,
       [](sd_event_source*, std::uint64_t, void* self) {
         static_cast<Server*>(self)->on_timer();
         return 0;
@@ -178,6 +184,10 @@ Result<void> Server::set_up() {
 }
 
 Server::~Server() {
+  const Error reason{Errc::shutting_down, 0, "the daemon is shutting down", {}};
+  refits_->cancel_waiting(reason);
+  checker_->cancel(reason);
+  bury();
   for (auto& [id, session] : registry_.sessions) session->sources.clear();
   connecting_.clear();
   // The pools first: what they still hold points into the members below.
@@ -200,6 +210,7 @@ Result<void> Server::run() {
     if (draining_ && refits_->idle() && checker_->idle()) break;
     if (never_block && !registry_.sessions.empty()) {
       poll_everything();
+      end_overrun_sessions();
       // The kernel's events (connections, deaths, timers) are looked at now and then; rings are
       // read without it.
       constexpr std::uint32_t kReadsPerLook = 1024;
@@ -208,6 +219,7 @@ Result<void> Server::run() {
     const std::uint64_t timeout = never_block && !registry_.sessions.empty() ? 0 : UINT64_MAX;
     const int code = sd_event_run(event_.get(), timeout);
     if (code < 0) return fail_os("sd_event_run", -code);
+    end_overrun_sessions();
     bury();
     arm_timer();
   }
@@ -222,7 +234,16 @@ void Server::poll_everything() {
     if (session.has_request()) on_doorbell(session);
   }
   refits_->poll_gates();
+  if (completions_.waiting()) completions_.drain();
   cpu_relax();
+}
+
+void Server::end_overrun_sessions() {
+  while (!overrun_.empty()) {
+    const auto session = registry_.find(overrun_.back());
+    overrun_.pop_back();
+    if (session != nullptr) end_session(*session, "it does not read its replies");
+  }
 }
 
 // ---- connecting
@@ -231,7 +252,15 @@ void Server::on_listener() {
   for (;;) {
     UniqueFd socket =
         UniqueFd::adopt(::accept4(listener_.fd(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
-    if (!socket) return;
+    if (!socket) {
+      if (errno == EMFILE || errno == ENFILE) {
+        // The connection stays in the backlog; looking at it again at once would only spin.
+        spdlog::warn("out of file descriptors: no new connections for a while (LimitNOFILE=)");
+        sd_event_source_set_enabled(listener_source_.get(), SD_EVENT_OFF);
+        listen_again_ = Clock::now() + std::chrono::seconds(1);
+      }
+      return;
+    }
     if (draining_) {
       refuse(socket.get(), {Errc::shutting_down, 0, "the daemon is shutting down", {}});
       continue;
@@ -274,6 +303,7 @@ void Server::refuse(int socket, const Error& error) {
 void Server::on_hello(Connecting& connecting) {
   ReceivedMessage message;
   const Receive outcome = receive_message(connecting.socket.get(), message);
+  registrar_->close_later(std::move(message.fds));  // a HELLO brings none
   if (outcome == Receive::nothing_yet) return;
   if (outcome == Receive::message) {
     auto hello = decode_hello(message);
@@ -302,7 +332,13 @@ Result<std::shared_ptr<Session>> Server::admit(Connecting& connecting, const Hel
                                  " sessions, which is the limit");
   }
   if (hello.role == Role::engine) {
-    if (const auto holder = registry_.find_engine(peer.uid, hello.name)) {
+    auto holder = registry_.find_engine(peer.uid, hello.name);
+    if (holder != nullptr && is_gone(*holder)) {
+      // Its hangup has not been handled yet: an engine that reconnects is faster than our loop.
+      end_session(*holder, "its name was taken over after it went");
+      holder = nullptr;
+    }
+    if (holder != nullptr) {
       return fail(Errc::name_taken, "engine " + hello.name + " is held by pid " +
                                         std::to_string(holder->peer.pid) + " (session " +
                                         std::to_string(holder->id) + ")");
@@ -373,8 +409,12 @@ void Server::on_doorbell(Session& session) {
     const Session::Next next = session.next_request(request, reason);
     if (next == Session::Next::violation) return violate(session, reason);
     if (next == Session::Next::none) break;
+    const bool costly = request.opcode == wire::Opcode::register_module;
     dispatch(session, request);
     if (session.closed) return;
+    // A manifest may take a while to check: the others get their turn before this session's next
+    // one.
+    if (costly) break;
   }
   if (session.role == Role::engine) refits_->on_engine_answer(session);
   // The edge is spent: what is left in the ring needs another one.
@@ -396,8 +436,10 @@ void Server::drain_tickets(Session& session) {
       case Receive::nothing_yet:
         return;
       case Receive::closed:
+        registrar_->close_later(std::move(message.fds));
         return;  // the hangup event ends the session
       case Receive::peer_broke_protocol:
+        registrar_->close_later(std::move(message.fds));
         return violate(session, "a message on its socket was truncated or is not refit's");
       case Receive::message:
         break;
@@ -405,13 +447,13 @@ void Server::drain_tickets(Session& session) {
     TicketBody body;
     if (message.preamble.kind != static_cast<std::uint16_t>(SocketMessage::ticket) ||
         message.body.size() != sizeof body || message.fds.size() != 1) {
-      for (UniqueFd& fd : message.fds) registrar_->close_later(std::move(fd));
+      registrar_->close_later(std::move(message.fds));
       return violate(session, "its socket carried something other than a ticket with one fd");
     }
     std::memcpy(&body, message.body.data(), sizeof body);
     if (session.tickets.size() >= Session::kUnclaimedTicketsMax ||
         session.tickets.count(body.ticket) != 0) {
-      registrar_->close_later(std::move(message.fds.front()));
+      registrar_->close_later(std::move(message.fds));
       return violate(session, session.tickets.count(body.ticket) != 0
                                   ? "it used a ticket twice"
                                   : "it left more than 64 tickets unclaimed");
@@ -439,8 +481,7 @@ void Server::end_session(Session& session, const std::string& reason) {
   if (session.spins) --spinning_sessions_;
   refits_->on_session_end(session);
   checker_->on_session_end(session);
-  for (auto& [ticket, held] : session.tickets) registrar_->close_later(std::move(held.fd));
-  session.tickets.clear();
+  discard_tickets(session, Clock::time_point::max());
   // The peer sees the end at once, also when a refit still holds the session.
   ::shutdown(session.socket.get(), SHUT_RDWR);
 }
@@ -449,9 +490,26 @@ void Server::bury() {
   for (const auto& session : dead_) {
     session->sources.clear();
     session->socket.reset();
+    for (auto& [name, module] : session->modules) {
+      registrar_->drop_later(std::move(module->registration));
+    }
     session->modules.clear();
   }
   dead_.clear();
+}
+
+/// Closes the fds of tickets that expire up to `until`.
+void Server::discard_tickets(Session& session, Clock::time_point until) {
+  std::vector<UniqueFd> fds;
+  for (auto entry = session.tickets.begin(); entry != session.tickets.end();) {
+    if (entry->second.expires > until) {
+      ++entry;
+      continue;
+    }
+    fds.push_back(std::move(entry->second.fd));
+    entry = session.tickets.erase(entry);
+  }
+  registrar_->close_later(std::move(fds));
 }
 
 // ---- requests
@@ -466,6 +524,15 @@ void Server::with_message(Session& session, const Session::Request& request, Han
 
 void Server::dispatch(Session& session, const Session::Request& request) {
   const auto now = Clock::now();
+  // More answers than the ring holds could never be delivered.
+  if (++session.in_flight > kRingSlots) {
+    return replies_.send_error(
+        session, request.id,
+        {Errc::quota,
+         0,
+         "more than " + std::to_string(kRingSlots) + " requests of this session are unanswered",
+         {}});
+  }
   const bool starts_work =
       request.opcode == wire::Opcode::refit || request.opcode == wire::Opcode::register_module ||
       request.opcode == wire::Opcode::check || request.opcode == wire::Opcode::digest;
@@ -475,10 +542,8 @@ void Server::dispatch(Session& session, const Session::Request& request) {
   }
   switch (request.opcode) {
     case wire::Opcode::ping:
-      return with_message<wire::StatusQuery>(session, request, [&](const auto&) {
-        replies_.builder();
-        replies_.send_ok(session, request.id);
-      });
+      return with_message<wire::StatusQuery>(
+          session, request, [&](const auto&) { replies_.send_ok(session, request.id); });
     case wire::Opcode::register_module:
       return with_message<wire::RegisterModule>(session, request, [&](const auto& message) {
         registrar_->register_module(session, request.id, message);
@@ -520,7 +585,8 @@ void Server::dispatch(Session& session, const Session::Request& request) {
 /// The timer is only ever moved forward in time when it fires: a refit that ends in time costs no
 /// system call here.
 void Server::arm_timer() {
-  auto next = std::min({refits_->next_deadline(), checker_->next_deadline(), drain_until_});
+  auto next =
+      std::min({refits_->next_deadline(), checker_->next_deadline(), drain_until_, listen_again_});
   for (const auto& connecting : connecting_) next = std::min(next, connecting->expires);
   for (const auto& [id, session] : registry_.sessions) {
     for (const auto& [ticket, held] : session->tickets) next = std::min(next, held.expires);
@@ -537,6 +603,10 @@ void Server::arm_timer() {
 void Server::on_timer() {
   const auto now = Clock::now();
   timer_armed_ = Clock::time_point::max();
+  if (now >= listen_again_) {
+    listen_again_ = Clock::time_point::max();
+    sd_event_source_set_enabled(listener_source_.get(), SD_EVENT_ON);
+  }
   refits_->on_time(now);
   checker_->on_time(now);
   std::erase_if(connecting_, [&](const auto& connecting) {
@@ -545,21 +615,14 @@ void Server::on_timer() {
     return true;
   });
   for (auto& [id, session] : registry_.sessions) {
-    for (auto held = session->tickets.begin(); held != session->tickets.end();) {
-      if (now < held->second.expires) {
-        ++held;
-        continue;
-      }
-      registrar_->close_later(std::move(held->second.fd));
-      held = session->tickets.erase(held);
-    }
+    discard_tickets(*session, now);
   }
   if (now >= drain_until_) {
     drain_until_ = Clock::time_point::max();
     const Error reason{
         Errc::shutting_down, 0, "the daemon is shutting down; nothing was changed", {}};
     refits_->cancel_waiting(reason);
-    checker_->cancel_waiting(reason);
+    checker_->cancel(reason);
   }
 }
 

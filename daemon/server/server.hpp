@@ -54,6 +54,8 @@ class Server {
   void drain_tickets(Session& session);
   void violate(Session& session, const std::string& reason);
   void end_session(Session& session, const std::string& reason);
+  void end_overrun_sessions();
+  void discard_tickets(Session& session, Clock::time_point until);
   void bury();
 
   // requests
@@ -94,7 +96,9 @@ class Server {
   Clock::time_point timer_armed_ = Clock::time_point::max();
   Clock::time_point drain_until_ = Clock::time_point::max();
   bool draining_ = false;
+  Clock::time_point listen_again_ = Clock::time_point::max();
   std::vector<std::unique_ptr<Connecting>> connecting_;
+  std::vector<std::uint64_t> overrun_;  ///< ids of sessions that let their replies pile up
   std::vector<std::shared_ptr<Session>>
       dead_;  ///< ended in this turn; freed when no handler of theirs is running
   std::uint64_t next_session_ = 1;

@@ -20,7 +20,7 @@ Result<std::shared_ptr<SessionMemory>> make_memory(UniqueFd& request_fd, UniqueF
   REFIT_TRY_ASSIGN(request_fd, make_memfd("refit-request", kRequestRegionBytes));
   REFIT_TRY(back_with_memory(request_fd.get(), kRequestRegionBytes, "refit-request"));
   REFIT_TRY_ASSIGN(memory->request, Mapping::map(request_fd.get(), kRequestRegionBytes,
-                                                 Access::read_write, "refit-request"));
+                                                 Access::read_only, "refit-request"));
   REFIT_TRY(add_seals(request_fd.get(), kSeals, "refit-request"));
   REFIT_TRY_ASSIGN(response_fd, make_memfd("refit-response", kResponseRegionBytes));
   REFIT_TRY(back_with_memory(response_fd.get(), kResponseRegionBytes, "refit-response"));
@@ -48,7 +48,7 @@ Result<std::shared_ptr<Session>> Session::open(std::uint64_t id, UniqueFd socket
   REFIT_TRY_ASSIGN(session->memory, make_memory(request_fd, response_fd));
   REFIT_TRY_ASSIGN(session->daemon_doorbell_, Doorbell::create());
   REFIT_TRY_ASSIGN(session->client_doorbell_, Doorbell::create());
-  RequestRegion& request = session->memory->request_region();
+  const RequestRegion& request = session->memory->request_region();
   ResponseRegion& response = session->memory->response_region();
   session->requests_ =
       std::make_unique<RingConsumer>(request.request_tail, response.request_head, request.requests);

@@ -41,8 +41,9 @@ struct PeerCredentials {
 struct SessionMemory {
   Mapping request;
   Mapping response;
-  [[nodiscard]] RequestRegion& request_region() const noexcept {
-    return *reinterpret_cast<RequestRegion*>(request.data());
+  /// Mapped read-only: the daemon never writes where the client does.
+  [[nodiscard]] const RequestRegion& request_region() const noexcept {
+    return *reinterpret_cast<const RequestRegion*>(request.data());
   }
   [[nodiscard]] ResponseRegion& response_region() const noexcept {
     return *reinterpret_cast<ResponseRegion*>(response.data());
@@ -63,6 +64,17 @@ struct PhaseTimes {
   float wait_us = 0, gate_us = 0, copy_us = 0, check_us = 0, total_us = 0;
 };
 
+/// A transaction that a module committed. Equal if it is the same transaction over the same
+/// tensors.
+struct Committed {
+  TransactionId id;
+  std::uint64_t selection = 0;
+  std::uint64_t version = 0;
+  friend bool operator==(const Committed& a, const Committed& b) noexcept {
+    return a.id == b.id && a.selection == b.selection;
+  }
+};
+
 /// One registered module and what happened to it.
 struct Module {
   std::string name;
@@ -72,6 +84,8 @@ struct Module {
   std::uint64_t refits = 0;
   std::uint64_t last_bytes = 0;
   PhaseTimes last;
+  std::array<Committed, 16>
+      recent{};  ///< what it committed lately; a repeated id is answered from it
 };
 
 /// Who may touch an engine now: one transaction, or any number of checks. `blocked` marks engines
@@ -141,6 +155,8 @@ class Session {
   std::shared_ptr<SessionMemory> memory;
   std::map<std::string, std::shared_ptr<Module>, std::less<>> modules;
   bool closed = false;
+  std::size_t in_flight =
+      0;  ///< requests taken and not answered; more than the ring holds are refused
 
   // engines only
   EngineLock lock;
@@ -148,7 +164,6 @@ class Session {
   float last_gate_us =
       0;  ///< how long the engine took to answer last; says whether reading for it is worth while
 
-  std::vector<EventSource> sources;
   Server* server = nullptr;  ///< whose loop the sources belong to
   bool spins = false;        ///< its client waits in mode `always`
   /// Another edge for this session's own doorbell.
@@ -167,6 +182,9 @@ class Session {
   /// free again.
   std::array<std::uint64_t, kRingSlots> payload_ends_{};
   std::uint64_t payload_position_ = 0;
+
+ public:
+  std::vector<EventSource> sources;  ///< declared last: gone before the fds that they watch
 };
 
 }  // namespace refit::daemon

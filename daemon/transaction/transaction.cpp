@@ -17,9 +17,10 @@ std::size_t Transaction::add_engine(const GateEndpoint& endpoint) {
   return engines_.size() - 1;
 }
 
-void Transaction::add_module(std::size_t engine, ModuleBlock& block, std::uint64_t version) {
+void Transaction::add_module(std::size_t engine, ModuleBlock& block, std::uint64_t version,
+                             std::uint64_t selection) {
   REFIT_ASSERT(engine < engines_.size());
-  modules_.push_back({engine, &block, version, 0, {}});
+  modules_.push_back({engine, &block, version, selection, 0, {}});
 }
 
 void Transaction::prepare(std::uint8_t gate_flags) {
@@ -34,6 +35,10 @@ AnswerState Transaction::answer(const EngineGate& engine) const {
   const AnswerWord word = AnswerWord::unpack(engine.endpoint.answer->load());
   // An answer to an earlier question says nothing about this one.
   return word.epoch == engine.epoch ? word.state : AnswerState::none;
+}
+
+bool Transaction::withdrawn(std::size_t engine) const {
+  return answer(engines_[engine]) == AnswerState::withdrawn;
 }
 
 bool Transaction::ready(std::size_t engine) const {
@@ -59,7 +64,7 @@ bool Transaction::begin_writing() {
   for (ModuleWrite& module : modules_) {
     module.word_before = module.block->word.load();
     module.word = fill_next_record(*module.block, engines_[module.engine].epoch,
-                                   ModuleState::writing, id_, module.version);
+                                   ModuleState::writing, id_, module.version, module.selection);
     module.block->word.store(module.word.pack());
   }
   // Store, then load: an engine that withdraws stores its answer and then loads these words, so at

@@ -30,7 +30,8 @@ class Transaction {
   /// never wait crosswise.
   std::size_t add_engine(const GateEndpoint& endpoint);
   /// Adds a module of engine `engine`, which becomes `version` when it commits.
-  void add_module(std::size_t engine, ModuleBlock& block, std::uint64_t version);
+  void add_module(std::size_t engine, ModuleBlock& block, std::uint64_t version,
+                  std::uint64_t selection = 0);
 
   /// Asks every engine to hold still.
   void prepare(std::uint8_t gate_flags);
@@ -39,6 +40,8 @@ class Transaction {
   [[nodiscard]] Readiness readiness() const;
   /// True if this engine answered ready for this transaction's epoch.
   [[nodiscard]] bool ready(std::size_t engine) const;
+  /// True if this engine stepped back from this transaction's epoch.
+  [[nodiscard]] bool withdrawn(std::size_t engine) const;
 
   /// Stores `writing` in every word, then looks at the engines once more. False if one of them
   /// withdrew: every word is back at what it was, and no byte may be written. True: from now on
@@ -65,6 +68,7 @@ class Transaction {
     std::size_t engine = 0;
     ModuleBlock* block = nullptr;
     std::uint64_t version = 0;
+    std::uint64_t selection = 0;
     std::uint64_t word_before = 0;
     ModuleWord word;
   };

@@ -30,8 +30,8 @@ constexpr std::chrono::milliseconds kBlockedTime = 10ms;
 constexpr const char* kDescription =
     R"(An engine that samples from a diffusion transformer on the CPU.
 
-It registers its parameters with refitd once. Between two denoising steps it asks its gate; a trainer's refit
-comes in there, and the next step runs on the new weights.
+It registers its parameters with refitd once. Between two denoising steps it asks its gate; a
+trainer's refit comes in there, and the next step runs on the new weights.
 
 Commands, one a line on stdin:
   run      sample without end
@@ -39,7 +39,8 @@ Commands, one a line on stdin:
   forward  run the model on a fixed input and print the SHA-256 of the output's bytes
   status   print counters
   quit     leave (so does the end of stdin)
-Events, one JSON object a line on stdout: ready, gate (new weights arrived), running, paused, forward, status, error.)";
+Events, one JSON object a line on stdout: ready, gate (new weights arrived), running, paused,
+forward, status, refused, error.)";
 
 struct EngineOptions {
   std::int64_t batch = 1;

@@ -37,8 +37,8 @@ constexpr auto kDigestTime = 120s;
 constexpr const char* kDescription =
     R"(A trainer of a diffusion transformer on the CPU: AdamW on a denoising loss.
 
-Its parameters live in shared memory from the start, so a refit copies nothing here: refitd moves the bytes from
-where the optimizer writes to where the engine computes.
+Its parameters live in shared memory from the start, so a refit copies nothing here: refitd moves
+the bytes from where the optimizer writes to where the engine computes.
 
 Commands, one a line on stdin:
   step     take one optimizer step; says which share of the parameter tensors changed
@@ -47,7 +47,8 @@ Commands, one a line on stdin:
   digest   ask the daemon for the SHA-256 of every tensor in the engine's live memory
   forward  run the model on a fixed input and print the SHA-256 of the output's bytes
   quit     leave (so does the end of stdin)
-Events, one JSON object a line on stdout: ready, step, refit, memcpy, digest, forward, refused, error.)";
+Events, one JSON object a line on stdout: ready, step, refit, memcpy, digest, forward, refused,
+error.)";
 
 struct TrainingOptions {
   std::int64_t batch = 8;

@@ -96,9 +96,12 @@ void add_common_options(CLI::App& app, CommonOptions& options) {
   app.add_option("--module", options.module, "The module's name")->capture_default_str();
   app.add_option("--seed", options.seed, "Seed of the initial weights and of the random draws")
       ->capture_default_str();
-  app.add_option("--waiting", options.connection.waiting,
-                 "How to wait for the daemon: off, adaptive or always")
-      ->transform(CLI::CheckedTransformer(kWaiting, CLI::ignore_case));
+  app.add_option_function<std::string>(
+         "--waiting",
+         [&options](const std::string& name) { options.connection.waiting = kWaiting.at(name); },
+         "How to wait for the daemon")
+      ->check(CLI::IsMember({"off", "adaptive", "always"}))
+      ->default_str("adaptive");
 }
 
 Json ready_event(const refit::ModuleSpec& spec) {

@@ -1,71 +1,15 @@
-// What a refit does, whatever memory the tensors are in. One suite, instantiated per memory kind: host now, the CUDA kinds
-// join when they exist.
+// What one refit of one module does: bytes, versions, events, and the ways an engine is asked.
 //
-// Each test runs a real daemon; trainer and engine live in this process, the engine on a thread of its own unless the test
-// is about sharing one.
+// See refit_fixture.hpp for how the suite is built.
 
-#include <gtest/gtest.h>
-
-#include <atomic>
-#include <thread>
-
-#include "refit/engine.hpp"
-#include "refit/observer.hpp"
-#include "refit/trainer.hpp"
-#include "support/daemon_process.hpp"
-#include "support/model.hpp"
+#include "conformance/refit_fixture.hpp"
 
 namespace refit::test {
 namespace {
 
 using namespace std::chrono_literals;
 
-enum class MemoryKind { host };
-
-class Refit : public ::testing::TestWithParam<MemoryKind> {
- protected:
-  Refit() : daemon_(socket_) {}
-
-  static Deadline soon() { return Deadline::in(20s); }
-  [[nodiscard]] ConnectOptions options() const { return {socket_, Waiting::adaptive}; }
-
-  Trainer make_trainer(Model& model) {
-    Trainer trainer = must(Trainer::connect("trainer", options(), soon()));
-    must(trainer.register_module(model.spec(), soon()));
-    return trainer;
-  }
-  Engine make_engine(const std::string& name, Model& model) {
-    Engine engine = must(Engine::connect(name, options(), soon()));
-    must(engine.register_module(model.spec(), soon()));
-    return engine;
-  }
-
-  TemporaryDirectory directory_;
-  std::string socket_ = directory_.path() + "/refitd.sock";
-  DaemonProcess daemon_;
-};
-
-/// Answers an engine's gate on a thread until destroyed.
-class WaitingEngine {
- public:
-  explicit WaitingEngine(Engine& engine) : thread_([this, &engine] {
-    while (!stop_.load()) {
-      auto event = engine.wait(Deadline::in(50ms));
-      if (!event) return;
-      if (*event) ++events_;
-    }
-  }) {}
-  ~WaitingEngine() {
-    stop_.store(true);
-    thread_.join();
-  }
-  [[nodiscard]] int events() const { return events_.load(); }
-
- private:
-  std::atomic<bool> stop_{false};
-  std::atomic<int> events_{0};
-  std::thread thread_;
-};
+const RefitTarget kTransformer{"flux", "transformer"};
 
 TEST_P(Refit, CopiesEveryTensorAndCountsVersions) {
   Model source("transformer", small_tensors());
@@ -75,11 +19,75 @@ TEST_P(Refit, CopiesEveryTensorAndCountsVersions) {
   const WaitingEngine waiting(engine);
   for (std::uint64_t step = 1; step <= 20; ++step) {
     source.fill(step);
-    const auto report = trainer.refit({"flux", "transformer"}, soon());
+    const auto report = trainer.refit(kTransformer, soon());
     ASSERT_TRUE(report) << report.error().to_string();
     EXPECT_EQ(report->version, step);
     EXPECT_EQ(report->tensors, source.names().size());
     EXPECT_TRUE(target.equals(source));
+  }
+}
+
+TEST_P(Refit, ReportsBytesTensorsGuaranteeAndTransaction) {
+  Model source("transformer", small_tensors());
+  Model target("transformer", small_tensors());
+  std::uint64_t bytes = 0;
+  for (const TensorShape& tensor : small_tensors()) bytes += Model::bytes_of(tensor);
+  Trainer trainer = make_trainer(source);
+  Engine engine = make_engine("flux", target);
+  const WaitingEngine waiting(engine);
+  RefitOptions with_id;
+  with_id.transaction = TransactionId{7, 9};
+  const auto report = trainer.refit(kTransformer, soon(), with_id);
+  ASSERT_TRUE(report) << report.error().to_string();
+  EXPECT_EQ(report->bytes, bytes);
+  EXPECT_EQ(report->tensors, small_tensors().size());
+  EXPECT_EQ(report->guarantee, Guarantee::atomic);
+  EXPECT_EQ(report->transaction, with_id.transaction);
+  EXPECT_FALSE(report->replayed);
+}
+
+// Goal: copies that the pool's threads share out, and sizes that no vector width divides, are exact.
+TEST_P(Refit, CopiesLargeTensorsOfOddSizes) {
+  const std::vector<TensorShape> tensors{{"large", DType::uint8, {5'000'011}},
+                                         {"odd", DType::uint8, {3, 7, 333'337}},
+                                         {"tiny", DType::uint8, {1}}};
+  Model source("transformer", tensors);
+  Model target("transformer", tensors);
+  Trainer trainer = make_trainer(source);
+  Engine engine = make_engine("flux", target);
+  const WaitingEngine waiting(engine);
+  for (std::uint64_t step = 1; step <= 3; ++step) {
+    source.fill(step);
+    const auto report = trainer.refit(kTransformer, soon());
+    ASSERT_TRUE(report) << report.error().to_string();
+    EXPECT_TRUE(target.equals(source));
+  }
+}
+
+// Goal: a tensor stored transposed on one side is the same tensor on the other.
+// Method: the source is column-major, the target row-major; elements are compared by index.
+TEST_P(Refit, FollowsStridesOnEitherSide) {
+  constexpr std::uint64_t kRows = 5;
+  constexpr std::uint64_t kColumns = 7;
+  Model source("transformer", {{"weight", DType::float32, {kRows, kColumns}}});
+  Model target("transformer", {{"weight", DType::float32, {kRows, kColumns}}});
+  source.fill(1);
+  ModuleSpec transposed("transformer");
+  must(transposed.add("weight", DType::float32, {kRows, kColumns}, source.memory(), source.data(0),
+                      {1, kRows}));
+  Trainer trainer = connect_trainer();
+  must(trainer.register_module(transposed, soon()));
+  Engine engine = make_engine("flux", target);
+  const WaitingEngine waiting(engine);
+  const auto report = trainer.refit(kTransformer, soon());
+  ASSERT_TRUE(report) << report.error().to_string();
+  for (std::uint64_t row = 0; row < kRows; ++row) {
+    for (std::uint64_t column = 0; column < kColumns; ++column) {
+      EXPECT_EQ(std::memcmp(target.data(0) + 4 * (row * kColumns + column),
+                            source.data(0) + 4 * (column * kRows + row), 4),
+                0)
+          << row << ", " << column;
+    }
   }
 }
 
@@ -90,7 +98,7 @@ TEST_P(Refit, SharesOneThreadBetweenTrainerAndEngine) {
   Engine engine = make_engine("flux", target);
   engine.bind_to_this_thread();
   source.fill(1);
-  const auto report = trainer.refit({"flux", "transformer"}, soon());
+  const auto report = trainer.refit(kTransformer, soon());
   ASSERT_TRUE(report) << report.error().to_string();
   EXPECT_TRUE(target.equals(source));
   const auto event = engine.poll(soon());
@@ -100,7 +108,180 @@ TEST_P(Refit, SharesOneThreadBetweenTrainerAndEngine) {
   EXPECT_EQ((*event)->modules[0].version, 1U);
 }
 
-INSTANTIATE_TEST_SUITE_P(Memory, Refit, ::testing::Values(MemoryKind::host), [](const auto&) { return "Host"; });
+// Goal: nothing is written before the engine holds still.
+// Method: the engine is asked (its fd says so) but does not answer until its bytes were compared.
+TEST_P(Refit, WritesNothingBeforeTheEngineHoldsStill) {
+  Model source("transformer", small_tensors());
+  Model target("transformer", small_tensors());
+  Model before("transformer", small_tensors());
+  source.fill(1);
+  target.fill(2);
+  before.fill(2);
+  Trainer trainer = make_trainer(source);
+  Engine engine = make_engine("flux", target);
+  BackgroundRefit refit(trainer, {kTransformer}, soon());
+  ASSERT_TRUE(asked(engine));
+  EXPECT_TRUE(target.equals(before));
+  EXPECT_TRUE(engine.step_allowed());
+  const auto event = engine.poll(soon());
+  ASSERT_TRUE(event) << event.error().to_string();
+  ASSERT_TRUE(*event);
+  EXPECT_TRUE(target.equals(source));
+  EXPECT_TRUE(refit.outcome()) << text_of(refit.outcome());
+}
+
+TEST_P(Refit, TellsTheEngineModuleVersionAndTransaction) {
+  Model source("transformer", small_tensors());
+  Model target("transformer", small_tensors());
+  Trainer trainer = make_trainer(source);
+  Engine engine = make_engine("flux", target);
+  for (const bool reset_caches : {true, false}) {
+    const TransactionId id = TransactionId::random();
+    RefitOptions how;
+    how.transaction = id;
+    how.reset_caches = reset_caches;
+    engine.bind_to_this_thread();
+    const auto report = trainer.refit(kTransformer, soon(), how);
+    ASSERT_TRUE(report) << report.error().to_string();
+    const auto event = engine.poll(soon());
+    ASSERT_TRUE(event);
+    ASSERT_TRUE(*event);
+    EXPECT_EQ((*event)->reset_caches, reset_caches);
+    ASSERT_EQ((*event)->modules.size(), 1U);
+    EXPECT_EQ((*event)->modules[0].name, "transformer");
+    EXPECT_EQ((*event)->modules[0].version, report->version);
+    EXPECT_EQ((*event)->modules[0].transaction, id);
+    EXPECT_EQ(engine.state("transformer"), ModuleState::committed);
+    EXPECT_TRUE(engine.step_allowed());
+  }
+}
+
+TEST_P(Refit, EngineThatIsNotReadyInTimeIsNamedAndUnchanged) {
+  Model source("transformer", small_tensors());
+  Model target("transformer", small_tensors());
+  Model before("transformer", small_tensors());
+  source.fill(1);
+  target.fill(2);
+  before.fill(2);
+  Trainer trainer = make_trainer(source);
+  Engine engine = make_engine("flux", target);
+  const auto refused = trainer.refit(kTransformer, Deadline::in(300ms));
+  EXPECT_EQ(code_of(refused), Errc::engine_not_ready) << text_of(refused);
+  EXPECT_NE(text_of(refused).find("flux"), std::string::npos) << text_of(refused);
+  EXPECT_TRUE(target.equals(before));
+  EXPECT_TRUE(engine.step_allowed());
+  EXPECT_EQ(engine.version("transformer"), 0U);
+
+  // The question that timed out must not confuse the next one.
+  const WaitingEngine waiting(engine);
+  const auto report = trainer.refit(kTransformer, soon());
+  ASSERT_TRUE(report) << report.error().to_string();
+  EXPECT_EQ(report->version, 1U);
+  EXPECT_TRUE(target.equals(source));
+}
+
+TEST_P(Refit, IdleEngineIsWokenThroughItsFd) {
+  Model source("transformer", small_tensors());
+  Model target("transformer", small_tensors());
+  Trainer trainer = make_trainer(source);
+  Engine engine = make_engine("flux", target);
+  for (std::uint64_t step = 1; step <= 3; ++step) {
+    source.fill(step);
+    BackgroundRefit refit(trainer, {kTransformer}, soon());
+    bool committed = false;
+    while (!committed) {
+      ASSERT_TRUE(asked(engine));
+      const auto event = engine.poll(soon());
+      ASSERT_TRUE(event) << event.error().to_string();
+      committed = event->has_value();
+    }
+    ASSERT_TRUE(refit.outcome()) << text_of(refit.outcome());
+    EXPECT_TRUE(target.equals(source));
+  }
+}
+
+TEST_P(Refit, EngineServesItsGateOnItsOwnThread) {
+  Model source("transformer", small_tensors());
+  Model target("transformer", small_tensors());
+  Trainer trainer = make_trainer(source);
+  Engine engine = make_engine("flux", target);
+  std::atomic<int> held{0};
+  std::atomic<std::uint64_t> seen{0};
+  must(engine.serve({[&](Deadline) { return ++held > 0; },
+                     [&](const GateEvent* event) {
+                       if (event != nullptr) seen.store(event->modules.at(0).version);
+                     }}));
+  for (std::uint64_t step = 1; step <= 3; ++step) {
+    source.fill(step);
+    const auto report = trainer.refit(kTransformer, soon());
+    ASSERT_TRUE(report) << report.error().to_string();
+    EXPECT_TRUE(target.equals(source));
+    EXPECT_TRUE(eventually([&] { return seen.load() == step; }));
+  }
+  engine.stop_serving();
+  EXPECT_EQ(held.load(), 3);
+}
+
+TEST_P(Refit, ModuleThatIsRegisteredAgainKeepsItsVersionAndGetsTheBytes) {
+  Model source("transformer", small_tensors());
+  Model first("transformer", small_tensors());
+  Model second("transformer", small_tensors());
+  Trainer trainer = make_trainer(source);
+  Engine engine = make_engine("flux", first);
+  engine.bind_to_this_thread();
+  source.fill(1);
+  must(trainer.refit(kTransformer, soon()));
+  must(engine.poll(soon()));
+  must(engine.register_module(second.spec(), soon()));
+  EXPECT_EQ(engine.version("transformer"), 1U);
+  source.fill(2);
+  const auto report = trainer.refit(kTransformer, soon());
+  ASSERT_TRUE(report) << report.error().to_string();
+  EXPECT_EQ(report->version, 2U);
+  EXPECT_TRUE(second.equals(source));
+  EXPECT_FALSE(first.equals(source)) << "the old memory was written";
+}
+
+TEST_P(Refit, SourceThatIsRegisteredAgainIsReadFromItsNewMemory) {
+  Model first("transformer", small_tensors());
+  Model second("transformer", small_tensors());
+  Model target("transformer", small_tensors());
+  first.fill(1);
+  second.fill(2);
+  Trainer trainer = make_trainer(first);
+  Engine engine = make_engine("flux", target);
+  const WaitingEngine waiting(engine);
+  must(trainer.refit(kTransformer, soon()));
+  EXPECT_TRUE(target.equals(first));
+  must(trainer.register_module(second.spec(), soon()));
+  must(trainer.refit(kTransformer, soon()));
+  EXPECT_TRUE(target.equals(second));
+}
+
+TEST_P(Refit, UnregisteredModuleIsNoTargetAndNoSource) {
+  Model source("transformer", small_tensors());
+  Model target("transformer", small_tensors());
+  Trainer trainer = make_trainer(source);
+  Engine engine = make_engine("flux", target);
+  must(engine.unregister_module("transformer", soon()));
+  const auto no_target = trainer.refit(kTransformer, soon());
+  EXPECT_EQ(code_of(no_target), Errc::no_such_module) << text_of(no_target);
+  EXPECT_NE(text_of(no_target).find("flux"), std::string::npos) << text_of(no_target);
+  must(engine.register_module(target.spec(), soon()));
+  must(trainer.unregister_module("transformer", soon()));
+  const auto no_source = trainer.refit(kTransformer, soon());
+  EXPECT_EQ(code_of(no_source), Errc::no_such_module) << text_of(no_source);
+  EXPECT_NE(text_of(no_source).find("trainer"), std::string::npos) << text_of(no_source);
+  must(trainer.register_module(source.spec(), soon()));
+  source.fill(3);
+  const WaitingEngine waiting(engine);
+  const auto report = trainer.refit(kTransformer, soon());
+  ASSERT_TRUE(report) << report.error().to_string();
+  EXPECT_TRUE(target.equals(source));
+}
+
+INSTANTIATE_TEST_SUITE_P(Memory, Refit, ::testing::Values(MemoryKind::host),
+                         [](const auto&) { return "Host"; });
 
 }  // namespace
 }  // namespace refit::test

@@ -75,7 +75,8 @@ class Trainer {
   ///         deadline or daemon_gone if the outcome is unknown: send the same transaction id again.
   /// Blocks: until committed, refused or `deadline`. Pumps the gates of engines bound to the
   /// calling thread, so that trainer and engine may share it. Allocates: no, in the steady state.
-  /// Ownership: the source tensors must not be written until it returns.
+  /// Ownership: the source tensors must not be written until it returns; after Errc::deadline not
+  /// until the same transaction id was answered, because a copy that had begun is finished.
   [[nodiscard]] Result<RefitReport> refit(const RefitTarget& target, Deadline deadline,
                                           const RefitOptions& options = {});
   /// The same for several modules, of one engine or of several: all are gated, written and

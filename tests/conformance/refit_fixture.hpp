@@ -1,0 +1,88 @@
+// The fixture of the conformance suite: what a refit does, whatever memory the tensors are in.
+//
+// One suite, instantiated per memory kind in refit_test.cpp: host now, the CUDA kinds join when they
+// exist. Each test runs a real daemon; trainers and engines live in the test's process, an engine
+// answers its gate on a thread of its own unless the test is about sharing one.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <poll.h>
+
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "refit/engine.hpp"
+#include "refit/observer.hpp"
+#include "refit/trainer.hpp"
+#include "support/daemon_process.hpp"
+#include "support/daemon_test.hpp"
+#include "support/eventually.hpp"
+#include "support/model.hpp"
+#include "support/waiting_engine.hpp"
+
+namespace refit::test {
+
+enum class MemoryKind { host };
+
+class Refit : public ::testing::TestWithParam<MemoryKind> {
+ protected:
+  Refit() : daemon_(socket_) {}
+
+  static Deadline soon() { return Deadline::in(std::chrono::seconds(20)); }
+  [[nodiscard]] ConnectOptions options() const { return {socket_, Waiting::adaptive}; }
+
+  Trainer connect_trainer(const std::string& name = "trainer") {
+    return must(Trainer::connect(name, options(), soon()));
+  }
+  Trainer make_trainer(Model& model, const std::string& name = "trainer") {
+    Trainer trainer = connect_trainer(name);
+    must(trainer.register_module(model.spec(), soon()));
+    return trainer;
+  }
+  Engine make_engine(const std::string& name, Model& model) {
+    Engine engine = must(Engine::connect(name, options(), soon()));
+    must(engine.register_module(model.spec(), soon()));
+    return engine;
+  }
+  Observer make_observer() { return must(Observer::connect("observer", options(), soon())); }
+
+  /// SHA-256 of every tensor's live bytes, read through the ring.
+  std::map<std::string, std::string> digests(const std::string& engine, const std::string& module) {
+    Observer observer = make_observer();
+    const DigestReport report =
+        must(observer.digest({engine, module, DigestKind::raw}, soon()));
+    std::map<std::string, std::string> all;
+    for (const auto& [name, digest] : report.tensors) all[name] = digest.to_hex();
+    return all;
+  }
+
+  TemporaryDirectory directory_;
+  std::string socket_ = directory_.path() + "/refitd.sock";
+  DaemonProcess daemon_;
+};
+
+/// True once the daemon has asked this engine to hold still. Takes the engine's fd().
+inline bool asked(Engine& engine) {
+  return eventually([&] {
+    pollfd entry{engine.fd(), POLLIN, 0};
+    return ::poll(&entry, 1, 0) > 0;
+  });
+}
+
+/// The details of an error hold exactly one line with all of `parts`.
+template <typename T>
+bool one_detail_has(const Result<T>& result, const std::vector<std::string>& parts) {
+  if (result) return false;
+  int lines = 0;
+  for (const std::string& line : result.error().details) {
+    bool all = true;
+    for (const std::string& part : parts) all = all && line.find(part) != std::string::npos;
+    lines += all ? 1 : 0;
+  }
+  return lines == 1;
+}
+
+}  // namespace refit::test
