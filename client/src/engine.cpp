@@ -227,7 +227,8 @@ class Engine::Impl final : public BoundEngine {
         // A daemon that closed the session may still be writing: then its word or its death is
         // awaited.
         socket_open = false;
-        if (gate_.withdraw()) return daemon_gone();
+        // A dying daemon's socket closes before its pidfd tells: what it committed counts here too.
+        if (gate_.withdraw()) return after_death();
       }
       const bool stop_asked = stop_fd >= 0 && fds[3].revents != 0;
       if (stop_asked || deadline.passed()) {

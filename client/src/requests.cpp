@@ -4,6 +4,8 @@
 #include <chrono>
 #include <cstring>
 
+#include "ipc/handshake.hpp"
+
 namespace refit {
 namespace {
 
@@ -31,6 +33,11 @@ std::uint64_t daemon_budget_us(Deadline deadline) {
 
 Result<std::uint32_t> register_module(Session& session, const ModuleSpec& module,
                                       const HeldState& held, Deadline deadline) {
+  if (module.regions().size() > kUnclaimedTicketsMax) {
+    return fail(Errc::quota, module.name() + ": " + std::to_string(module.regions().size()) +
+                                 " regions; the limit is " + std::to_string(kUnclaimedTicketsMax) +
+                                 " (put tensors into fewer, larger regions)");
+  }
   std::vector<std::uint64_t> tickets;
   for (const auto& memory : module.regions()) {
     REFIT_TRY_ASSIGN(const std::uint64_t ticket, session.send_fd(memory->fd(), deadline));

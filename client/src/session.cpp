@@ -120,8 +120,11 @@ Result<void> Session::shake_hands(Role role, const std::string& name, Deadline d
   auto& hello = builder();
   hello.Finish(wire::CreateHello(hello, static_cast<std::uint8_t>(role), hello.CreateString(name),
                                  static_cast<std::uint8_t>(waiting_)));
-  REFIT_TRY(send_message(socket_.get(), SocketMessage::hello, hello.GetBufferPointer(),
-                         hello.GetSize(), nullptr, 0));
+  const auto sent = send_message(socket_.get(), SocketMessage::hello, hello.GetBufferPointer(),
+                                 hello.GetSize(), nullptr, 0);
+  // A daemon that refused before it read anything has left its reason on the socket.
+  if (!sent && sent.error().native != EPIPE && sent.error().native != ECONNRESET)
+    return Unexpected(sent.error());
 
   ReceivedMessage answer;
   for (;;) {

@@ -47,6 +47,8 @@ enum WelcomeFd : std::size_t {
 
 inline constexpr std::size_t kSocketMessageBytesMax = 4096;
 inline constexpr std::size_t kSocketFdsMax = 8;
+/// Fds that a session may have sent and not named in a request yet.
+inline constexpr std::size_t kUnclaimedTicketsMax = 64;
 
 struct ReceivedMessage {
   Preamble preamble;

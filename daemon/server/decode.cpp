@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "ipc/shared_layout.hpp"
+#include "plan/text.hpp"
 
 namespace refit::daemon {
 namespace {
@@ -83,11 +84,12 @@ Result<std::string> decode_name(const flatbuffers::String* text, const char* wha
     return fail(Errc::bad_argument, std::string("the name of the ") + what + " is longer than " +
                                         std::to_string(kNameBytesMax) + " bytes");
   }
-  const bool printable = std::all_of(
-      name.begin(), name.end(), [](unsigned char c) { return c > 0x20 && c != 0x7f && c != '/'; });
-  if (!printable) {
-    return fail(Errc::bad_argument, std::string("the name of the ") + what +
-                                        " holds a space, a control character or '/'");
+  if (name.find_first_of(" /") != std::string_view::npos) {
+    return fail(Errc::bad_argument, std::string("the name of the ") + what + ", " + quoted(name) +
+                                        ", holds a space or '/'");
+  }
+  if (const auto problem = name_problem(name, kNameBytesMax)) {
+    return fail(Errc::bad_argument, std::string(what) + " " + quoted(name) + ": " + *problem);
   }
   return std::string(name);
 }

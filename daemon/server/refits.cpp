@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "ipc/waiting.hpp"
+#include "server/several.hpp"
 #include "test_point.hpp"
 
 namespace refit::daemon {
@@ -137,29 +138,37 @@ Result<void> Refits::resolve(Refit& refit, Session& trainer, const wire::Refit& 
 
   refit.bytes = 0;
   refit.tensors = 0;
+  std::vector<Error> problems;
   for (const auto* wanted : *targets) {
-    REFIT_TRY_ASSIGN(auto engine, registry_.engine_for(trainer, view(wanted->engine())));
-    REFIT_TRY_ASSIGN(auto module, registry_.module_of(*engine, view(wanted->module_name())));
-    REFIT_TRY_ASSIGN(auto source, registry_.module_of(trainer, view(wanted->source())));
-    REFIT_TRY_ASSIGN(auto plan, plans_.get(source->registration, module->registration,
-                                           wanted->selection(), wanted->allow_unmatched()));
-    for (const Target& other : refit.targets) {
-      if (other.module == module)
-        return fail(Errc::bad_argument, engine->name + "/" + module->name + " is named twice");
-    }
-    refit.bytes += plan->plan.bytes;
-    refit.tensors += static_cast<std::uint32_t>(plan->plan.targets.size());
-    // Engines in name order: two transactions over the same engines never wait for each other
-    // crosswise.
-    auto place = std::lower_bound(refit.engines.begin(), refit.engines.end(), engine,
-                                  [](const auto& a, const auto& b) { return a->name < b->name; });
-    const auto index = static_cast<std::size_t>(place - refit.engines.begin());
-    if (place == refit.engines.end() || *place != engine) {
-      for (Target& other : refit.targets) other.engine += other.engine >= index ? 1 : 0;
-      refit.engines.insert(place, engine);
-    }
-    refit.targets.push_back({index, std::move(module), std::move(plan)});
+    auto resolved = resolve_target(refit, trainer, *wanted);
+    if (!resolved) problems.push_back(std::move(resolved).error());
   }
+  if (problems.empty()) return {};
+  return several(std::move(problems));
+}
+
+Result<void> Refits::resolve_target(Refit& refit, Session& trainer, const wire::Target& wanted) {
+  REFIT_TRY_ASSIGN(auto engine, registry_.engine_for(trainer, view(wanted.engine())));
+  REFIT_TRY_ASSIGN(auto module, registry_.module_of(*engine, view(wanted.module_name())));
+  REFIT_TRY_ASSIGN(auto source, registry_.module_of(trainer, view(wanted.source())));
+  REFIT_TRY_ASSIGN(auto plan, plans_.get(source->registration, module->registration,
+                                         wanted.selection(), wanted.allow_unmatched()));
+  for (const Target& other : refit.targets) {
+    if (other.module == module)
+      return fail(Errc::bad_argument, engine->name + "/" + module->name + " is named twice");
+  }
+  refit.bytes += plan->plan.bytes;
+  refit.tensors += static_cast<std::uint32_t>(plan->plan.targets.size());
+  // Engines in name order: two transactions over the same engines never wait for each other
+  // crosswise.
+  auto place = std::lower_bound(refit.engines.begin(), refit.engines.end(), engine,
+                                [](const auto& a, const auto& b) { return a->name < b->name; });
+  const auto index = static_cast<std::size_t>(place - refit.engines.begin());
+  if (place == refit.engines.end() || *place != engine) {
+    for (Target& other : refit.targets) other.engine += other.engine >= index ? 1 : 0;
+    refit.engines.insert(place, engine);
+  }
+  refit.targets.push_back({index, std::move(module), std::move(plan)});
   return {};
 }
 
@@ -374,9 +383,8 @@ void Refits::copied(Refit& refit) {
 }
 
 void Refits::wake_engines(Refit& refit) {
-  for (const auto& engine : refit.engines) {
-    if (!engine->closed) engine->wake_client();
-  }
+  // Also those whose session ended meanwhile: an engine that lives still waits for this word.
+  for (const auto& engine : refit.engines) engine->wake_client();
 }
 
 // ---- reply

@@ -62,6 +62,7 @@ class Refits {
   void retire(Refit& refit);
 
   Result<void> resolve(Refit& refit, Session& trainer, const wire::Refit& message);
+  Result<void> resolve_target(Refit& refit, Session& trainer, const wire::Target& wanted);
   Result<void> check_poison(const Refit& refit) const;
   bool replay(Refit& refit);
   [[nodiscard]] static ModuleBlock& block_of(const Refit& refit, const Target& target);

@@ -6,6 +6,7 @@
 #include <bitset>
 
 #include "ipc/state_word.hpp"
+#include "server/several.hpp"
 
 namespace refit::daemon {
 namespace {
@@ -71,6 +72,11 @@ void write_initial_words(ModuleBlock& block, const RegisterRequest& request) {
   block.word.store(word.pack());
 }
 
+std::string region_label(const Session& session, const RegisterRequest& request,
+                         std::size_t index) {
+  return session.name + "/" + request.module + ": region " + std::to_string(index);
+}
+
 /// Ranges that one session may have mapped; the kernel gives a process some 65,000.
 constexpr std::size_t kRegionsPerSessionMax = 512;
 
@@ -91,7 +97,7 @@ void Registrar::drop_later(std::shared_ptr<Registration> registration) {
 Result<Registrar::Mapped> Registrar::map_regions(Session& session, const RegisterRequest& request) {
   // Claim every ticket first, so that a refused registration leaves none behind.
   std::vector<UniqueFd> fds;
-  std::string missing;
+  std::vector<Error> problems;
   for (const RegionClaim& claim : request.regions) {
     auto found = session.tickets.find(claim.ticket);
     if (found == session.tickets.end()) {
@@ -99,21 +105,27 @@ Result<Registrar::Mapped> Registrar::map_regions(Session& session, const Registe
       found = session.tickets.find(claim.ticket);
     }
     if (found == session.tickets.end()) {
-      missing = request.module + ": region " + std::to_string(fds.size()) + " names ticket " +
-                std::to_string(claim.ticket) + ", for which no fd arrived";
-      break;
+      problems.push_back({Errc::unknown_ticket,
+                          0,
+                          region_label(session, request, fds.size()) + " names ticket " +
+                              std::to_string(claim.ticket) + ", for which no fd arrived",
+                          {}});
+      fds.emplace_back();
+      continue;
     }
     fds.push_back(std::move(found->second.fd));
     session.tickets.erase(found);
   }
-  Result<Mapped> mapped = missing.empty() ? map_fds(session, request, fds)
-                                          : Result<Mapped>(fail(Errc::unknown_ticket, missing));
+  Result<Mapped> mapped = map_fds(session, request, fds, std::move(problems));
   close_later(std::move(fds));
   return mapped;
 }
 
+/// Maps every fd, or lists what is wrong with each that cannot be. A missing one is in `problems`
+/// already.
 Result<Registrar::Mapped> Registrar::map_fds(const Session& session, const RegisterRequest& request,
-                                             const std::vector<UniqueFd>& fds) {
+                                             const std::vector<UniqueFd>& fds,
+                                             std::vector<Error> problems) {
   std::size_t regions = fds.size();
   for (const auto& [name, module] : session.modules) {
     if (name != request.module) regions += module->registration->regions.size();
@@ -125,31 +137,38 @@ Result<Registrar::Mapped> Registrar::map_fds(const Session& session, const Regis
   }
   Mapped mapped;
   for (std::size_t i = 0; i < fds.size(); ++i) {
-    const std::string label = session.name + "/" + request.module + ": region " + std::to_string(i);
-    REFIT_TRY_ASSIGN(const MemfdInfo info, inspect_memfd(fds[i].get(), label));
-    if ((info.seals & F_SEAL_SHRINK) == 0) {
-      return fail(
-          Errc::bad_region,
-          label + " is not sealed against shrinking (F_SEAL_SHRINK); use refit::SharedMemory");
-    }
-    const std::uint64_t declared = request.regions[i].bytes;
-    if (info.bytes < declared) {
-      return fail(Errc::bad_region, label + " has " + std::to_string(info.bytes) + " bytes, but " +
-                                        std::to_string(declared) + " were declared");
-    }
-    // Pages that populating would allocate are charged to this daemon: the client brings its own.
-    if (info.backed_bytes < declared) {
-      return fail(Errc::bad_region,
-                  label + " has memory behind " + std::to_string(info.backed_bytes) + " of " +
-                      std::to_string(declared) +
-                      " bytes; allocate it (posix_fallocate) or use refit::SharedMemory");
-    }
-    REFIT_TRY_ASSIGN(Mapping mapping,
-                     Mapping::map(fds[i].get(), declared, access_of(session), label));
-    mapped.mappings.push_back(std::move(mapping));
-    mapped.infos.push_back({declared, info.device, info.inode});
+    if (!fds[i]) continue;
+    auto done = map_fd(fds[i].get(), request.regions[i].bytes, access_of(session),
+                       region_label(session, request, i), mapped);
+    if (!done) problems.push_back(std::move(done).error());
   }
+  if (!problems.empty()) return several(std::move(problems));
   return mapped;
+}
+
+Result<void> Registrar::map_fd(int fd, std::uint64_t declared_bytes, Access access,
+                               const std::string& label, Mapped& mapped) {
+  REFIT_TRY_ASSIGN(const MemfdInfo info, inspect_memfd(fd, label));
+  if ((info.seals & F_SEAL_SHRINK) == 0) {
+    return fail(
+        Errc::bad_region,
+        label + " is not sealed against shrinking (F_SEAL_SHRINK); use refit::SharedMemory");
+  }
+  if (info.bytes < declared_bytes) {
+    return fail(Errc::bad_region, label + " has " + std::to_string(info.bytes) + " bytes, but " +
+                                      std::to_string(declared_bytes) + " were declared");
+  }
+  // Pages that populating would allocate are charged to this daemon: the client brings its own.
+  if (info.backed_bytes < declared_bytes) {
+    return fail(Errc::bad_region,
+                label + " has memory behind " + std::to_string(info.backed_bytes) + " of " +
+                    std::to_string(declared_bytes) +
+                    " bytes; allocate it (posix_fallocate) or use refit::SharedMemory");
+  }
+  REFIT_TRY_ASSIGN(Mapping mapping, Mapping::map(fd, declared_bytes, access, label));
+  mapped.mappings.push_back(std::move(mapping));
+  mapped.infos.push_back({declared_bytes, info.device, info.inode});
+  return {};
 }
 
 Result<std::shared_ptr<Module>> Registrar::place(Session& session, const RegisterRequest& request,

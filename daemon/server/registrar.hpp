@@ -43,7 +43,9 @@ class Registrar {
   };
   Result<Mapped> map_regions(Session& session, const RegisterRequest& request);
   static Result<Mapped> map_fds(const Session& session, const RegisterRequest& request,
-                                const std::vector<UniqueFd>& fds);
+                                const std::vector<UniqueFd>& fds, std::vector<Error> problems);
+  static Result<void> map_fd(int fd, std::uint64_t declared_bytes, Access access,
+                             const std::string& label, Mapped& mapped);
   Result<std::shared_ptr<Module>> place(Session& session, const RegisterRequest& request,
                                         std::shared_ptr<Registration> registration);
 

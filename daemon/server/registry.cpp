@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "plan/text.hpp"
+
 namespace refit::daemon {
 
 Result<std::shared_ptr<Session>> Registry::engine_for(const Session& asker,
@@ -18,7 +20,7 @@ Result<std::shared_ptr<Session>> Registry::engine_for(const Session& asker,
     }
     if (session->peer.uid == asker.peer.uid) known += (known.empty() ? "" : ", ") + session->name;
   }
-  return fail(Errc::no_such_engine, "no engine is registered as " + std::string(name) +
+  return fail(Errc::no_such_engine, "no engine is registered as " + quoted(name) +
                                         (known.empty() ? "; no engine of this uid is connected"
                                                        : "; engines of this uid: " + known));
 }
@@ -31,7 +33,7 @@ Result<std::shared_ptr<Module>> Registry::module_of(const Session& engine,
   for (const auto& [module, value] : engine.modules) known += (known.empty() ? "" : ", ") + module;
   return fail(Errc::no_such_module,
               std::string(role_name(engine.role)) + " " + engine.name + " registered no module " +
-                  std::string(name) +
+                  quoted(name) +
                   (known.empty() ? "; it registered none" : "; it has: " + known));
 }
 

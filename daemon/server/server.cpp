@@ -37,6 +37,7 @@ constexpr std::chrono::seconds kHelloLife{5};
 constexpr std::size_t kSessionsPerUidMax = 64;
 constexpr std::size_t kConnectingMax = 64;
 constexpr int kRequestsPerTurn = 64;
+constexpr int kAcceptsPerTurn = 64;
 
 UniqueFd open_pidfd(pid_t pid) {
   return UniqueFd::adopt(static_cast<int>(::syscall(SYS_pidfd_open, pid, 0)));
@@ -248,8 +249,20 @@ void Server::end_overrun_sessions() {
 
 // ---- connecting
 
+/// Makes room for a new connection, so that silent ones cannot keep everybody else out.
+void Server::drop_oldest_connecting() {
+  Connecting& oldest = *connecting_.front();
+  const std::size_t count = connecting_.size();
+  on_hello(oldest);  // its HELLO may have come by now
+  if (connecting_.size() < count) return;
+  refuse(oldest.socket.get(),
+         {Errc::quota, 0, "too many connections wait for their HELLO, this one the longest", {}});
+  connecting_.erase(connecting_.begin());
+}
+
 void Server::on_listener() {
-  for (;;) {
+  // What is left in the backlog is reported again, after the others had their turn.
+  for (int i = 0; i < kAcceptsPerTurn; ++i) {
     UniqueFd socket =
         UniqueFd::adopt(::accept4(listener_.fd(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
     if (!socket) {
@@ -265,10 +278,7 @@ void Server::on_listener() {
       refuse(socket.get(), {Errc::shutting_down, 0, "the daemon is shutting down", {}});
       continue;
     }
-    if (connecting_.size() >= kConnectingMax) {
-      refuse(socket.get(), {Errc::quota, 0, "too many connections wait for their HELLO", {}});
-      continue;
-    }
+    if (connecting_.size() >= kConnectingMax) drop_oldest_connecting();
     auto connecting = std::make_unique<Connecting>();
     connecting->expires = Clock::now() + kHelloLife;
     const int fd = socket.get();
@@ -451,7 +461,7 @@ void Server::drain_tickets(Session& session) {
       return violate(session, "its socket carried something other than a ticket with one fd");
     }
     std::memcpy(&body, message.body.data(), sizeof body);
-    if (session.tickets.size() >= Session::kUnclaimedTicketsMax ||
+    if (session.tickets.size() >= kUnclaimedTicketsMax ||
         session.tickets.count(body.ticket) != 0) {
       registrar_->close_later(std::move(message.fds));
       return violate(session, session.tickets.count(body.ticket) != 0

@@ -43,6 +43,7 @@ class Server {
     EventSource source;
   };
   void on_listener();
+  void drop_oldest_connecting();
   void on_hello(Connecting& connecting);
   Result<std::shared_ptr<Session>> admit(Connecting& connecting, const struct Hello& hello);
   Result<void> watch(const std::shared_ptr<Session>& session);

@@ -47,7 +47,9 @@ Result<std::shared_ptr<Session>> Session::open(std::uint64_t id, UniqueFd socket
   UniqueFd response_fd;
   REFIT_TRY_ASSIGN(session->memory, make_memory(request_fd, response_fd));
   REFIT_TRY_ASSIGN(session->daemon_doorbell_, Doorbell::create());
-  REFIT_TRY_ASSIGN(session->client_doorbell_, Doorbell::create());
+  session->daemon_doorbell_.ring();  // never read, so that ring_myself() finds it rung
+  UniqueFd client_bell;
+  REFIT_TRY_ASSIGN(session->client_doorbell_, Doorbell::create_for_peer(client_bell));
   const RequestRegion& request = session->memory->request_region();
   ResponseRegion& response = session->memory->response_region();
   session->requests_ =
@@ -64,7 +66,7 @@ Result<std::shared_ptr<Session>> Session::open(std::uint64_t id, UniqueFd socket
   fds[kRequestRegionFd] = request_fd.get();
   fds[kResponseRegionFd] = response_fd.get();
   fds[kDaemonDoorbellFd] = session->daemon_doorbell_.fd();
-  fds[kClientDoorbellFd] = session->client_doorbell_.fd();
+  fds[kClientDoorbellFd] = client_bell.get();
   fds[kDaemonPidfd] = daemon_pidfd;
   REFIT_TRY(send_message(socket.get(), SocketMessage::welcome, fbb.GetBufferPointer(),
                          fbb.GetSize(), fds, kWelcomeFdCount));

@@ -6,6 +6,7 @@
 // a session through SessionMemory and Registration.
 #pragma once
 
+#include <sys/epoll.h>
 #include <sys/types.h>
 #include <systemd/sd-event.h>
 
@@ -136,7 +137,6 @@ class Session {
 
   // -- tickets
 
-  static constexpr std::size_t kUnclaimedTicketsMax = 64;
   static constexpr std::chrono::seconds kTicketLife{5};
   struct Ticket {
     UniqueFd fd;
@@ -166,8 +166,11 @@ class Session {
 
   Server* server = nullptr;  ///< whose loop the sources belong to
   bool spins = false;        ///< its client waits in mode `always`
-  /// Another edge for this session's own doorbell.
-  void ring_myself() const noexcept { daemon_doorbell_.ring(); }
+  /// Another edge for this session's own doorbell. Not by ringing it: the client could make that
+  /// block. Re-arming an edge that is still readable is as good.
+  void ring_myself() const noexcept {
+    if (!sources.empty()) sd_event_source_set_io_events(sources.front().get(), EPOLLIN | EPOLLET);
+  }
   [[nodiscard]] int daemon_doorbell_fd() const noexcept { return daemon_doorbell_.fd(); }
 
  private:
@@ -184,7 +187,8 @@ class Session {
   std::uint64_t payload_position_ = 0;
 
  public:
-  std::vector<EventSource> sources;  ///< declared last: gone before the fds that they watch
+  /// The doorbell's first. Declared last: gone before the fds that they watch.
+  std::vector<EventSource> sources;
 };
 
 }  // namespace refit::daemon

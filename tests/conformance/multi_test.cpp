@@ -166,15 +166,12 @@ TEST_P(Refit, TwoTrainersOnOneEngineTakeTurns) {
   Trainer two = make_trainer(second, "two");
   Engine engine = make_engine("flux", target);
   std::atomic<int> mixes{0};
-  std::atomic<bool> stop{false};
-  std::thread steps([&] {
-    while (!stop.load()) {
-      const auto event = engine.wait(Deadline::in(20ms));
-      if (!event) return;
-      // Between two gates the bytes stand still, so whoever came last must be there as a whole.
-      if (*event && !target.equals(first) && !target.equals(second)) ++mixes;
-    }
-  });
+  must(engine.serve({[](Deadline) { return true; },
+                     [&](const GateEvent*) {
+                       // Between two gates the bytes stand still, so whoever came last must be
+                       // there as a whole.
+                       if (!target.equals(first) && !target.equals(second)) ++mixes;
+                     }}));
   std::atomic<int> done{0};
   const auto refit_often = [&](Trainer& trainer) {
     for (int i = 0; i < kRefitsEach; ++i) {
@@ -185,8 +182,7 @@ TEST_P(Refit, TwoTrainersOnOneEngineTakeTurns) {
   std::thread other([&] { refit_often(two); });
   refit_often(one);
   other.join();
-  stop.store(true);
-  steps.join();
+  engine.stop_serving();
   EXPECT_EQ(done.load(), 2 * kRefitsEach);
   EXPECT_EQ(mixes.load(), 0);
   EXPECT_EQ(engine.version("transformer"), static_cast<std::uint64_t>(2 * kRefitsEach));

@@ -105,7 +105,7 @@ TEST_P(Refit, FusedTargetIsBuiltFromItsParts) {
   const auto report = trainer.refit({"flux", "transformer"}, soon());
   ASSERT_TRUE(report) << report.error().to_string();
   std::vector<std::byte> expected;
-  for (const std::size_t part : {1, 0, 2}) {
+  for (const std::size_t part : {1U, 0U, 2U}) {
     expected.insert(expected.end(), source.data(part), source.data(part) + source.bytes(part));
   }
   ASSERT_EQ(expected.size(), target.bytes(0));

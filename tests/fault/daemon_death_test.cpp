@@ -219,15 +219,10 @@ TEST_F(DaemonDeath, InTheGateChangesNothing) {
   Engine busy = make_engine("b", busy_model);
   Trainer trainer = make_trainer(*source_);
   BackgroundRefit refit(trainer, {{"a", "transformer"}, {"b", "transformer"}}, soon());
-  pollfd asked{sut.fd(), POLLIN, 0};
-  ASSERT_EQ(::poll(&asked, 1, 20'000), 1);
-  std::thread killer([&] {
-    std::this_thread::sleep_for(20ms);
-    daemon.kill_now();
-  });
-  const auto event = sut.poll(soon());
-  killer.join();
-  EXPECT_EQ(code_of(event), Errc::daemon_gone) << text_of(event);
+  BackgroundGate gate(sut, soon());
+  ASSERT_TRUE(holds(sut));
+  daemon.kill_now();
+  EXPECT_EQ(code_of(gate.outcome()), Errc::daemon_gone) << text_of(gate.outcome());
   EXPECT_EQ(code_of(refit.outcome()), Errc::daemon_gone);
   EXPECT_TRUE(target_->equals(*old_));
   EXPECT_TRUE(sut.step_allowed());

@@ -120,10 +120,15 @@ TEST_F(GateUse, IdleEngineIsWokenThroughItsFd) {
 TEST_F(GateUse, IdleEngineLearnsOfTheDaemonsDeathThroughItsFd) {
   Engine sut = make_engine("flux", *target_);
   pollfd entry{sut.fd(), POLLIN, 0};
-  must(sut.poll(soon()));
+  must(sut.poll(soon()));  // takes what registering left in the fd
   daemon_->kill_now();
-  ASSERT_EQ(::poll(&entry, 1, 20'000), 1);
-  EXPECT_EQ(code_of(sut.poll(soon())), Errc::daemon_gone);
+  Errc code = Errc::ok;
+  // The socket closes a moment before the process counts as dead: more than one wake-up is fine.
+  while (code == Errc::ok) {
+    ASSERT_EQ(::poll(&entry, 1, 20'000), 1);
+    code = code_of(sut.poll(soon()));
+  }
+  EXPECT_EQ(code, Errc::daemon_gone);
   EXPECT_TRUE(sut.step_allowed());
 }
 
@@ -205,10 +210,9 @@ TEST_F(GateUse, ServingThreadThatRefusedLetsGoOfADeadDaemon) {
   handler.release = [](const GateEvent*) {};
   must(sut.serve(handler));
   const std::size_t fds_serving = count_fds(::getpid());
-  BackgroundRefit refit(trainer, {kTarget}, soon());
-  ASSERT_TRUE(eventually([&] { return asked.load() == 1; }));
+  EXPECT_EQ(code_of(trainer.refit(kTarget, soon())), Errc::engine_not_ready);
+  EXPECT_EQ(asked.load(), 1);
   daemon_->kill_now();
-  EXPECT_EQ(code_of(refit.outcome()), Errc::daemon_gone);
   // Socket, pidfd and two doorbells at least; its epoll fd and the stop doorbell stay.
   EXPECT_TRUE(eventually([&] { return count_fds(::getpid()) + 4 <= fds_serving; }))
       << fds_before << " before, " << fds_serving << " serving, " << count_fds(::getpid());

@@ -1,6 +1,8 @@
 // What a daemon holds does not grow: over refits, over sessions that come and go, over clients that
 // are killed. Counted from outside, in /proc.
 
+#include <filesystem>
+
 #include "support/client_process.hpp"
 #include "support/daemon_test.hpp"
 
@@ -16,11 +18,22 @@ class Leak : public DaemonTest {
     std::size_t maps = 0;
   };
   Held held() const { return {count_fds(daemon_->pid()), count_maps(daemon_->pid())}; }
+  /// What the daemon's fds are, for the message of a failure.
+  std::string fd_list() const {
+    std::string list;
+    const std::string folder = "/proc/" + std::to_string(daemon_->pid()) + "/fd";
+    for (const auto& entry : std::filesystem::directory_iterator(folder)) {
+      std::error_code gone;
+      list += entry.path().filename().string() + " -> " +
+              std::filesystem::read_symlink(entry.path(), gone).string() + "\n";
+    }
+    return list;
+  }
   /// Sessions end a moment after their clients: waits for what was there before.
   void expect_back_to(const Held& before) {
     eventually([&] { return held().fds <= before.fds && held().maps <= before.maps; }, 5s);
     const Held now = held();
-    EXPECT_LE(now.fds, before.fds);
+    EXPECT_LE(now.fds, before.fds) << fd_list();
     EXPECT_LE(now.maps, before.maps);
   }
 };
@@ -63,7 +76,7 @@ TEST_F(Leak, TwoHundredSessionsThatCameAndWentLeaveNothing) {
   // What the first sessions leave for good (buffers that are reused) is allowed; more is not.
   eventually([&] { return held().fds <= empty.fds; }, 5s);
   const Held before = held();
-  EXPECT_EQ(before.fds, empty.fds);
+  EXPECT_LE(before.fds, empty.fds) << fd_list();
   const std::size_t own_fds = count_fds(::getpid());
   for (int i = 10; i < 110; ++i) come_and_go(i);  // two sessions each
   expect_back_to(before);
@@ -83,7 +96,10 @@ TEST_F(Leak, ClientsKilledInEveryStateLeaveNothing) {
     BackgroundRefit refit(trainer, {{"flux", "transformer"}}, soon());
     std::this_thread::sleep_for(2ms);
     engine.kill_now();
-    EXPECT_EQ(code_of(refit.outcome()), Errc::engine_gone) << text_of(refit.outcome());
+    // Killed before or after its refit found it, as chance has it: both are states to leave.
+    const Errc code = code_of(refit.outcome());
+    EXPECT_TRUE(code == Errc::engine_gone || code == Errc::no_such_engine)
+        << text_of(refit.outcome());
   };
   round();
   std::this_thread::sleep_for(50ms);

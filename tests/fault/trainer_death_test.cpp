@@ -45,16 +45,14 @@ TEST_P(TrainerDeathAt, IsFinishedAndCommitted) {
   ASSERT_EQ(trainer.ask("module transformer " + std::to_string(kNewSeed)), "ok");
   trainer.tell("refit flux transformer 20000");
 
-  ASSERT_EQ(code_of(poll_until_event(sut, Deadline::in(2s))), Errc::deadline);
+  BackgroundGate gate(sut, soon());
   ASSERT_TRUE(daemon.wait_stopped(20'000)) << "the daemon never reached " << GetParam();
   EXPECT_FALSE(sut.step_allowed());
+  EXPECT_EQ(sut.state("transformer"), ModuleState::writing);
   trainer.kill_now();
   daemon.send_signal(SIGCONT);
 
-  const auto event = poll_until_event(sut, soon());
-  ASSERT_TRUE(event) << text_of(event);
-  ASSERT_EQ(event->modules.size(), 1U);
-  EXPECT_EQ(event->modules.front().version, 1U);
+  EXPECT_EQ(gate.version(), 1U) << text_of(gate.outcome());
   EXPECT_TRUE(target_->equals(*new_));
   EXPECT_TRUE(sut.step_allowed());
   EXPECT_EQ(sut.state("transformer"), ModuleState::committed);
@@ -80,16 +78,12 @@ TEST_F(TrainerDeath, InTheGateChangesNothingAndLetsTheEngineGo) {
   ASSERT_EQ(trainer.ask("trainer t " + socket_), "ok");
   ASSERT_EQ(trainer.ask("module transformer " + std::to_string(kNewSeed)), "ok");
   trainer.tell("refit2 a b transformer 20000");
-  pollfd asked{sut.fd(), POLLIN, 0};
-  ASSERT_EQ(::poll(&asked, 1, 20'000), 1);
-  std::thread killer([&] {
-    std::this_thread::sleep_for(20ms);
-    trainer.kill_now();
-  });
-  const auto event = sut.poll(soon());
-  killer.join();
-  ASSERT_TRUE(event) << text_of(event);
-  EXPECT_FALSE(*event);
+  BackgroundGate gate(sut, soon());
+  ASSERT_TRUE(holds(sut));
+  trainer.kill_now();
+  ASSERT_TRUE(eventually([&] { return sut.step_allowed(); }));
+  EXPECT_TRUE(gate.end()) << text_of(gate.outcome());
+  EXPECT_EQ(gate.version(), 0U);
   EXPECT_TRUE(target_->equals(*old_));
   EXPECT_TRUE(sut.step_allowed());
   EXPECT_EQ(sut.version("transformer"), 0U);
@@ -106,12 +100,11 @@ TEST_F(TrainerDeath, BeforeALargeCopyIsFinishedFromItsMemory) {
   ASSERT_EQ(trainer.ask("trainer t " + socket_), "ok");
   ASSERT_EQ(trainer.ask("large transformer " + std::to_string(kNewSeed)), "ok");
   trainer.tell("refit flux transformer 20000");
-  ASSERT_EQ(code_of(poll_until_event(sut, Deadline::in(2s))), Errc::deadline);
+  BackgroundGate gate(sut, soon());
   ASSERT_TRUE(daemon.wait_stopped(20'000));
   trainer.kill_now();
   daemon.send_signal(SIGCONT);
-  const auto event = poll_until_event(sut, soon());
-  ASSERT_TRUE(event) << text_of(event);
+  EXPECT_EQ(gate.version(), 1U) << text_of(gate.outcome());
   EXPECT_TRUE(target->equals(*expected));
 }
 

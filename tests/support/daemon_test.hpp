@@ -88,6 +88,12 @@ class DaemonTest : public ::testing::Test {
     }
   }
 
+  /// Waits until `engine`, which another thread polls, holds still at its gate: then the refit's
+  /// question has gone out to every engine of it.
+  static bool holds(const Engine& engine) {
+    return eventually([&] { return !engine.step_allowed(); });
+  }
+
   TemporaryDirectory directory_;
   std::string socket_ = directory_.path() + "/refitd.sock";
   std::unique_ptr<DaemonProcess> daemon_;
@@ -116,6 +122,47 @@ class BackgroundRefit {
 
  private:
   std::optional<Result<RefitReport>> outcome_;
+  std::thread thread_;
+};
+
+/// An engine that waits at its gate on a thread of its own, until the event or an error.
+class BackgroundGate {
+ public:
+  BackgroundGate(Engine& engine, Deadline deadline)
+      : thread_([this, &engine, deadline] {
+          for (;;) {
+            auto event = engine.poll(deadline);
+            if (event && !*event && !deadline.passed() && !stop_.load()) {
+              std::this_thread::yield();
+              continue;
+            }
+            outcome_.emplace(std::move(event));
+            return;
+          }
+        }) {}
+  ~BackgroundGate() {
+    if (thread_.joinable()) thread_.join();
+  }
+  BackgroundGate(const BackgroundGate&) = delete;
+  BackgroundGate& operator=(const BackgroundGate&) = delete;
+
+  const Result<std::optional<GateEvent>>& outcome() {
+    if (thread_.joinable()) thread_.join();
+    return *outcome_;
+  }
+  /// Ends it without an event, once what it holds for has let it go.
+  const Result<std::optional<GateEvent>>& end() {
+    stop_.store(true);
+    return outcome();
+  }
+  /// The version that the first module of the event got; 0 without an event.
+  std::uint64_t version() {
+    return outcome() && *outcome() ? (*outcome())->modules.front().version : 0;
+  }
+
+ private:
+  std::atomic<bool> stop_{false};
+  std::optional<Result<std::optional<GateEvent>>> outcome_;
   std::thread thread_;
 };
 

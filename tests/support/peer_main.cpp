@@ -4,7 +4,8 @@
 // One thread. Commands:
 //   setuid UID | trainer NAME SOCKET | engine NAME SOCKET
 //   module NAME SEED | large NAME SEED: registers small_tensors() or large_tensors()
-//   refit ENGINE MODULE MS | refit2 ENGINE ENGINE MODULE MS | poll MS | state MODULE | exit
+//   refit ENGINE MODULE MS | refit2 ENGINE ENGINE MODULE MS | poll MS | wait MS
+//   state MODULE | exit
 
 #include <unistd.h>
 
@@ -52,7 +53,8 @@ class Peer {
     if (command == "large") return register_module(words, large_tensors());
     if (command == "refit" && trainer_) return refit(words, 1);
     if (command == "refit2" && trainer_) return refit(words, 2);
-    if (command == "poll" && engine_) return poll(words);
+    if (command == "poll" && engine_) return told_event(engine_->poll(within(words)));
+    if (command == "wait" && engine_) return told_event(engine_->wait(within(words)));
     if (command == "state" && engine_) {
       const std::string module = next(words);
       return "ok " + std::string(module_state_name(engine_->state(module))) + " " +
@@ -107,8 +109,7 @@ class Peer {
     return report ? "ok " + std::to_string(report->version) : told(report.error());
   }
 
-  std::string poll(std::istringstream& words) {
-    const auto event = engine_->poll(within(words));
+  static std::string told_event(const Result<std::optional<GateEvent>>& event) {
     if (!event) return told(event.error());
     return *event ? "ok event " + std::to_string((*event)->modules.front().version) : "ok none";
   }

@@ -10,7 +10,7 @@
 namespace refit {
 namespace {
 
-TEST(SharedLayout, HashIsTheGoldenOne) { EXPECT_EQ(kLayoutHash, 0x0ULL); }
+TEST(SharedLayout, HashIsTheGoldenOne) { EXPECT_EQ(kLayoutHash, 0xc4ab6fbc71eaa281ULL); }
 
 TEST(SharedLayout, OffsetsAreTheGoldenOnes) {
   EXPECT_EQ(sizeof(Descriptor), 32U);
@@ -24,6 +24,7 @@ TEST(SharedLayout, OffsetsAreTheGoldenOnes) {
   EXPECT_EQ(offsetof(ModuleRecord, transaction_high), 0U);
   EXPECT_EQ(offsetof(ModuleRecord, transaction_low), 8U);
   EXPECT_EQ(offsetof(ModuleRecord, version), 16U);
+  EXPECT_EQ(offsetof(ModuleRecord, selection), 24U);
   EXPECT_EQ(sizeof(ModuleBlock), 128U);
   EXPECT_EQ(offsetof(ModuleBlock, word), 0U);
   EXPECT_EQ(offsetof(ModuleBlock, records), 64U);
@@ -32,7 +33,8 @@ TEST(SharedLayout, OffsetsAreTheGoldenOnes) {
   EXPECT_EQ(offsetof(RequestRegion, response_head), 64U);
   EXPECT_EQ(offsetof(RequestRegion, client_awake), 128U);
   EXPECT_EQ(offsetof(RequestRegion, gate_answer), 192U);
-  EXPECT_EQ(offsetof(RequestRegion, requests), 256U);
+  EXPECT_EQ(offsetof(RequestRegion, abandoned_request), 256U);
+  EXPECT_EQ(offsetof(RequestRegion, requests), 320U);
   EXPECT_EQ(offsetof(RequestRegion, arena), 4096U);
 
   EXPECT_EQ(offsetof(ResponseRegion, response_tail), 0U);

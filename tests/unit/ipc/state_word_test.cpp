@@ -86,8 +86,8 @@ TEST(ModuleBlock, ReadingIsNeverTornUnderAConcurrentWriter) {
   std::atomic<bool> done{false};
   std::thread writer([&] {
     for (std::uint64_t epoch = 1; epoch <= kRounds; ++epoch) {
-      ModuleWord word =
-          fill_next_record(*block, epoch, ModuleState::writing, {epoch * 3, epoch * 5}, epoch * 7);
+      ModuleWord word = fill_next_record(*block, epoch, ModuleState::writing,
+                                         {epoch * 3, epoch * 5}, epoch * 7, epoch * 9);
       block->word.store(word.pack());
       word.state = ModuleState::committed;
       block->word.store(word.pack());
@@ -102,6 +102,7 @@ TEST(ModuleBlock, ReadingIsNeverTornUnderAConcurrentWriter) {
     ASSERT_EQ(reading.transaction.high, epoch * 3);
     ASSERT_EQ(reading.transaction.low, epoch * 5);
     ASSERT_EQ(reading.version, epoch * 7);
+    ASSERT_EQ(reading.selection, epoch * 9);
     ASSERT_GE(epoch, last);
     last = epoch;
     ++readings;

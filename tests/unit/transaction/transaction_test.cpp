@@ -213,7 +213,7 @@ class SmallEngine {
       holding_ = true;
       words_.reply(AnswerState::ready, answered_);
     }
-    const std::uint64_t patience = random_() % 64;
+    const std::uint64_t patience = random_() % 256;
     for (std::uint64_t reads = 0; !stop.load(); ++reads) {
       const GateWord gate = words_.asked();
       if (gate.epoch != answered_ || gate.state != GateState::prepare) {
@@ -221,7 +221,7 @@ class SmallEngine {
         return true;
       }
       if (reads == patience) return withdraw();
-      if (reads % 16 == 15) std::this_thread::yield();
+      if (reads % 64 == 63) std::this_thread::yield();
     }
     return false;
   }
@@ -251,7 +251,7 @@ class SmallEngine {
 // overlap that the values happen to hide. Both outcomes must have come up often, or nothing was
 // tested.
 TEST(TransactionStress, WithdrawalAndWritingNeverBothProceed) {
-  constexpr std::uint64_t kRounds = 120'000;
+  constexpr std::uint64_t kRounds = 100'000;
   auto words = std::make_unique<EngineWords>();
   for (ModuleBlock& block : words->modules) {
     block.word.store(fill_next_record(block, 0, ModuleState::initial, {}, 0).pack());
@@ -279,9 +279,12 @@ TEST(TransactionStress, WithdrawalAndWritingNeverBothProceed) {
     const std::size_t index = sut.add_engine(words->endpoint());
     for (ModuleBlock& block : words->modules) sut.add_module(index, block, commits + 1);
     sut.prepare(0);
-    while (sut.readiness() == Readiness::waiting) std::this_thread::yield();
+    for (int reads = 0; sut.readiness() == Readiness::waiting; ++reads) {
+      if (reads % 256 == 255) std::this_thread::yield();
+    }
     if (sut.readiness() == Readiness::all_ready) {
-      if (round % 2 == 0) std::this_thread::yield();
+      // Lets the race for the last word happen: without a pause the daemon wins nearly always.
+      for (std::uint64_t pause = 0; pause < round % 128; ++pause) (void)words->gate.load();
       if (sut.begin_writing()) {
         for (std::uint64_t& weight : weights) weight = round;
         sut.commit();
