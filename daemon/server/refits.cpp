@@ -1,5 +1,7 @@
 #include "server/refits.hpp"
 
+#include <poll.h>
+
 #include <algorithm>
 
 #include "ipc/waiting.hpp"
@@ -20,6 +22,15 @@ constexpr std::uint64_t kDeadlineUsMax = 3'600'000'000;
 
 float us_between(Clock::time_point from, Clock::time_point to) {
   return std::chrono::duration<float, std::micro>(to - from).count();
+}
+
+/// True if the engine's process is gone. Its death may still wait in the event queue behind the
+/// end of the copy; a copy on the loop thread itself is over before a death could be news, and is
+/// not worth a system call.
+bool died(const Session& engine, std::uint64_t copied_bytes) {
+  if (engine.closed || copied_bytes <= kInlineCopyBytesMax) return engine.closed;
+  pollfd entry{engine.pidfd.get(), POLLIN, 0};
+  return ::poll(&entry, 1, 0) > 0;
 }
 
 }  // namespace
@@ -399,7 +410,7 @@ void Refits::reply(Refit& refit) {
   const Session* lost = nullptr;
   for (const Target& target : refit.targets) {
     const Session& engine = *refit.engines[target.engine];
-    if (engine.closed) lost = &engine;
+    if (died(engine, refit.bytes)) lost = &engine;
     const std::uint64_t committed = read_module(block_of(refit, target)).version;
     version = std::max(version, committed);
     Module& module = *target.module;

@@ -13,6 +13,11 @@ using namespace std::chrono_literals;
 
 class Leak : public DaemonTest {
  protected:
+  /// malloc maps an arena when a thread first needs one, which may be late: two lines for each of
+  /// the daemon's threads. Every test makes more rounds than this, so that one mapping lost in each
+  /// of them still shows.
+  static constexpr std::size_t kAllocatorMaps = 12;
+
   struct Held {
     std::size_t fds = 0;
     std::size_t maps = 0;
@@ -31,10 +36,12 @@ class Leak : public DaemonTest {
   }
   /// Sessions end a moment after their clients: waits for what was there before.
   void expect_back_to(const Held& before) {
-    eventually([&] { return held().fds <= before.fds && held().maps <= before.maps; }, 5s);
+    eventually(
+        [&] { return held().fds <= before.fds && held().maps <= before.maps + kAllocatorMaps; },
+        5s);
     const Held now = held();
     EXPECT_LE(now.fds, before.fds) << fd_list();
-    EXPECT_LE(now.maps, before.maps);
+    EXPECT_LE(now.maps, before.maps + kAllocatorMaps);
   }
 };
 
@@ -71,6 +78,9 @@ TEST_F(Leak, TwoHundredSessionsThatCameAndWentLeaveNothing) {
     const auto report = trainer.refit({name, "transformer"}, soon());
     ASSERT_TRUE(report) << text_of(report);
   };
+  // An answer proves that the daemon is all there; the observer stays until the end.
+  Observer observer = must(Observer::connect("observer", options(), soon()));
+  must(observer.status(soon()));
   const Held empty = held();
   for (int i = 0; i < 10; ++i) come_and_go(i);
   // What the first sessions leave for good (buffers that are reused) is allowed; more is not.
