@@ -38,8 +38,8 @@ struct TicketBody {
 enum WelcomeFd : std::size_t {
   kRequestRegionFd,
   kResponseRegionFd,
-  kDaemonDoorbellFd,  ///< the client rings it
-  kClientDoorbellFd,  ///< the daemon rings it
+  kDaemonDoorbellFd,  ///< an eventfd; the client rings it
+  kClientDoorbellFd,  ///< the read end of a pipe; the daemon rings the other
   kDaemonPidfd,       ///< readable when the daemon is dead; SO_PEERCRED names systemd under socket
                       ///< activation
   kWelcomeFdCount,

@@ -87,7 +87,7 @@ TEST_P(Refit, OneEngineThatIsNotReadyKeepsAllOfThemOld) {
   const auto before_b = digests("b", "transformer");
   {
     const WaitingEngine waiting_a(a);
-    const auto refused = trainer.refit_all(Fleet::targets(), Deadline::in(400ms));
+    const auto refused = trainer.refit_all(Fleet::targets(), Deadline::in(1500ms));
     EXPECT_EQ(code_of(refused), Errc::engine_not_ready) << text_of(refused);
     EXPECT_NE(text_of(refused).find("engine b"), std::string::npos) << text_of(refused);
     EXPECT_EQ(waiting_a.events(), 0);
