@@ -33,8 +33,7 @@ Result<std::shared_ptr<Module>> Registry::module_of(const Session& engine,
   for (const auto& [module, value] : engine.modules) known += (known.empty() ? "" : ", ") + module;
   return fail(Errc::no_such_module,
               std::string(role_name(engine.role)) + " " + engine.name + " registered no module " +
-                  quoted(name) +
-                  (known.empty() ? "; it registered none" : "; it has: " + known));
+                  quoted(name) + (known.empty() ? "; it registered none" : "; it has: " + known));
 }
 
 std::size_t Registry::count_of(uid_t uid) const {

@@ -461,8 +461,7 @@ void Server::drain_tickets(Session& session) {
       return violate(session, "its socket carried something other than a ticket with one fd");
     }
     std::memcpy(&body, message.body.data(), sizeof body);
-    if (session.tickets.size() >= kUnclaimedTicketsMax ||
-        session.tickets.count(body.ticket) != 0) {
+    if (session.tickets.size() >= kUnclaimedTicketsMax || session.tickets.count(body.ticket) != 0) {
       registrar_->close_later(std::move(message.fds));
       return violate(session, session.tickets.count(body.ticket) != 0
                                   ? "it used a ticket twice"

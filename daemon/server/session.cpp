@@ -28,6 +28,10 @@ Result<std::shared_ptr<SessionMemory>> make_memory(UniqueFd& request_fd, UniqueF
   REFIT_TRY_ASSIGN(memory->response, Mapping::map(response_fd.get(), kResponseRegionBytes,
                                                   Access::read_write, "refit-response"));
   REFIT_TRY(add_seals(response_fd.get(), kSeals | F_SEAL_FUTURE_WRITE, "refit-response"));
+  // Replies move through the whole region; a page that was never touched would fault in the middle
+  // of a refit.
+  REFIT_TRY(populate(memory->request, Access::read_only, "refit-request"));
+  REFIT_TRY(populate(memory->response, Access::read_write, "refit-response"));
   return memory;
 }
 

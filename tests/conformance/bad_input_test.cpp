@@ -1,9 +1,9 @@
 // Wrong input that the public interface can express: refused before the first byte moves, with one
 // error that lists everything wrong and names both sides.
 //
-// After every attack the target's digests are what they were, an honest trainer and engine beside it
-// are refitted, and the daemon is the same process. What only a client that speaks the protocol by
-// itself can send is in tests/system/protocol_test.cpp.
+// After every attack the target's digests are what they were, an honest trainer and engine beside
+// it are refitted, and the daemon is the same process. What only a client that speaks the protocol
+// by itself can send is in tests/system/protocol_test.cpp.
 
 #include "conformance/refit_fixture.hpp"
 #include "support/bystander.hpp"
@@ -49,7 +49,8 @@ class BadInput : public Refit {
     EXPECT_TRUE(accepted) << text_of(accepted);
     return result;
   }
-  static TensorSpec spec_of(const std::string& name, DType dtype, Dims shape, std::uint64_t offset) {
+  static TensorSpec spec_of(const std::string& name, DType dtype, Dims shape,
+                            std::uint64_t offset) {
     TensorSpec spec;
     spec.name = name;
     spec.dtype = dtype;
@@ -93,8 +94,8 @@ TEST_P(BadInput, WrongShapeIsRefused) {
 TEST_P(BadInput, WrongDtypeIsRefused) {
   auto tensors = small_tensors();
   tensors[2].dtype = DType::int32;
-  EXPECT_TRUE(one_detail_has(refused(tensors), both_sides_and({"block.0.attn.bias", "torch.int32",
-                                                               "torch.float32"})));
+  EXPECT_TRUE(one_detail_has(
+      refused(tensors), both_sides_and({"block.0.attn.bias", "torch.int32", "torch.float32"})));
 }
 
 TEST_P(BadInput, EverythingWrongIsInOneError) {
@@ -156,9 +157,9 @@ TEST_P(BadInput, EngineManifestWithManyFaultsListsThemAll) {
   box.box_offset = {5};
   spec.add(box);
   const auto result = refused_engine(spec);
-  for (const char* name : {"'beyond'", "'far'", "'product'", "'strided'", "'overflowing'", "'itself'",
-                           "'rank'", "'first'", "'twice'", "'dtype'", "'dims'", "nnn", "tab\\x09here",
-                           "number 15", "'region'", "'box'"}) {
+  for (const char* name : {"'beyond'", "'far'", "'product'", "'strided'", "'overflowing'",
+                           "'itself'", "'rank'", "'first'", "'twice'", "'dtype'", "'dims'", "nnn",
+                           "tab\\x09here", "number 15", "'region'", "'box'"}) {
     EXPECT_TRUE(one_detail_has(result, {name})) << name << "\n" << text_of(result);
   }
   EXPECT_TRUE(one_detail_has(result, {"'first'", "'second'", "overlap"})) << text_of(result);
@@ -170,8 +171,8 @@ TEST_P(BadInput, TensorsThatOverlapAcrossTwoModulesAreRefused) {
   must(other.add("stolen", DType::uint8, {8}, target_.memory(), target_.data(1) + 8));
   const auto result = engine_->register_module(other, soon());
   EXPECT_EQ(code_of(result), Errc::bad_manifest) << text_of(result);
-  EXPECT_TRUE(one_detail_has(result, {"stolen", "block.0.attn.weight", "flux/vae",
-                                      "flux/transformer"}))
+  EXPECT_TRUE(
+      one_detail_has(result, {"stolen", "block.0.attn.weight", "flux/vae", "flux/transformer"}))
       << text_of(result);
 }
 
@@ -240,7 +241,9 @@ TEST_P(BadInput, IllegalSessionAndModuleNamesAreRefused) {
   for (const std::string& name :
        {std::string(), std::string("a/b"), std::string("a b"), std::string("a\nb"),
         std::string("a\x1b[31mb"), std::string(257, 'n'), std::string("\xff\xfe"),
-        std::string("\xc2\x9b""2J"), std::string("a\0b", 3)}) {
+        std::string("\xc2\x9b"
+                    "2J"),
+        std::string("a\0b", 3)}) {
     EXPECT_EQ(code_of(Engine::connect(name, options(), soon())), Errc::bad_argument) << name;
     EXPECT_EQ(code_of(Trainer::connect(name, options(), soon())), Errc::bad_argument) << name;
     Model model(name, small_tensors());
@@ -249,14 +252,16 @@ TEST_P(BadInput, IllegalSessionAndModuleNamesAreRefused) {
     EXPECT_EQ(code_of(result), Errc::bad_argument) << text_of(result);
   }
   // Names in other scripts are names.
-  EXPECT_TRUE(Engine::connect("\xc3\xbc" "ber", options(), soon()));
+  EXPECT_TRUE(
+      Engine::connect("\xc3\xbc"
+                      "ber",
+                      options(), soon()));
 }
 
 TEST_P(BadInput, SameModuleTwiceInOneRefitIsRefused) {
   Model source("transformer", small_tensors());
   Trainer trainer = make_trainer(source);
-  const auto result =
-      trainer.refit_all({{"flux", "transformer"}, {"flux", "transformer"}}, soon());
+  const auto result = trainer.refit_all({{"flux", "transformer"}, {"flux", "transformer"}}, soon());
   EXPECT_EQ(code_of(result), Errc::bad_argument) << text_of(result);
   EXPECT_NE(text_of(result).find("flux/transformer"), std::string::npos) << text_of(result);
 }

@@ -1,8 +1,8 @@
 // Digests through the ring: their definition, their kinds, and what a check reports.
 //
 // Expected values are the golden vectors of the sglang checker (computed with Python's hashlib) or
-// SHA-256 by OpenSSL over bytes that this file puts together itself; nothing of the project's digest
-// code is used to make them. See refit_fixture.hpp for how the suite is built.
+// SHA-256 by OpenSSL over bytes that this file puts together itself; nothing of the project's
+// digest code is used to make them. See refit_fixture.hpp for how the suite is built.
 
 #include <openssl/evp.h>
 
@@ -189,12 +189,9 @@ TEST_P(Refit, CheckListsMissingAndMismatchedSortedAndComplete) {
     return *Digest::from_hex(sha256_hex(bytes_of_tensor(source, index)));
   };
   CheckRequest request{"flux", "transformer", DigestKind::raw};
-  request.expected = {{"zebra", digest(0)},
-                      {source.names()[3], digest(2)},
-                      {source.names()[0], digest(0)},
-                      {"absent", digest(0)},
-                      {source.names()[1], digest(2)},
-                      {source.names()[2], digest(2)}};
+  request.expected = {{"zebra", digest(0)},           {source.names()[3], digest(2)},
+                      {source.names()[0], digest(0)}, {"absent", digest(0)},
+                      {source.names()[1], digest(2)}, {source.names()[2], digest(2)}};
   auto report = trainer.check(request, soon());
   ASSERT_TRUE(report) << report.error().to_string();
   EXPECT_EQ(report->verified, 2U);

@@ -154,7 +154,8 @@ TEST_P(Refit, DisjointEnginesRunInParallel) {
   EXPECT_TRUE(fleet.dit_a.equals(fleet.source_dit));
 }
 
-// Goal: two trainers that refit one engine at once take turns; the engine never holds a mix of both.
+// Goal: two trainers that refit one engine at once take turns; the engine never holds a mix of
+// both.
 TEST_P(Refit, TwoTrainersOnOneEngineTakeTurns) {
   constexpr int kRefitsEach = 20;
   Model first("transformer", large_tensors());
@@ -275,7 +276,8 @@ TEST_P(Refit, StatusShowsVersionsSourceTransactionAndPhases) {
   EXPECT_FALSE(status.draining);
   std::map<std::string, std::uint32_t> sessions;
   for (const SessionStatus& one : status.sessions) sessions[one.name] = one.modules;
-  EXPECT_EQ(sessions, (std::map<std::string, std::uint32_t>{{"a", 2}, {"observer", 0}, {"trainer", 2}}));
+  EXPECT_EQ(sessions,
+            (std::map<std::string, std::uint32_t>{{"a", 2}, {"observer", 0}, {"trainer", 2}}));
 }
 
 TEST_P(Refit, SessionsOfClientsThatLeftAreGone) {

@@ -1,12 +1,11 @@
 // The fixture of the conformance suite: what a refit does, whatever memory the tensors are in.
 //
-// One suite, instantiated per memory kind in refit_test.cpp: host now, the CUDA kinds join when they
-// exist. Each test runs a real daemon; trainers and engines live in the test's process, an engine
-// answers its gate on a thread of its own unless the test is about sharing one.
+// One suite, instantiated per memory kind in refit_test.cpp: host now, the CUDA kinds join when
+// they exist. Each test runs a real daemon; trainers and engines live in the test's process, an
+// engine answers its gate on a thread of its own unless the test is about sharing one.
 #pragma once
 
 #include <gtest/gtest.h>
-
 #include <poll.h>
 
 #include <map>
@@ -52,8 +51,7 @@ class Refit : public ::testing::TestWithParam<MemoryKind> {
   /// SHA-256 of every tensor's live bytes, read through the ring.
   std::map<std::string, std::string> digests(const std::string& engine, const std::string& module) {
     Observer observer = make_observer();
-    const DigestReport report =
-        must(observer.digest({engine, module, DigestKind::raw}, soon()));
+    const DigestReport report = must(observer.digest({engine, module, DigestKind::raw}, soon()));
     std::map<std::string, std::string> all;
     for (const auto& [name, digest] : report.tensors) all[name] = digest.to_hex();
     return all;

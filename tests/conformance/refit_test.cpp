@@ -46,7 +46,8 @@ TEST_P(Refit, ReportsBytesTensorsGuaranteeAndTransaction) {
   EXPECT_FALSE(report->replayed);
 }
 
-// Goal: copies that the pool's threads share out, and sizes that no vector width divides, are exact.
+// Goal: copies that the pool's threads share out, and sizes that no vector width divides, are
+// exact.
 TEST_P(Refit, CopiesLargeTensorsOfOddSizes) {
   const std::vector<TensorShape> tensors{{"large", DType::uint8, {5'000'011}},
                                          {"odd", DType::uint8, {3, 7, 333'337}},

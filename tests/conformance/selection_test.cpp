@@ -71,8 +71,8 @@ TEST_P(Refit, SelectedNameThatTheTargetLacksIsRefused) {
 TEST_P(Refit, NameMapRenames) {
   Model source("policy", {{"model.in.weight", DType::float32, {8, 4}},
                           {"model.out.weight", DType::float32, {4, 8}}});
-  Model target("transformer", {{"out.weight", DType::float32, {4, 8}},
-                               {"in.weight", DType::float32, {8, 4}}});
+  Model target("transformer",
+               {{"out.weight", DType::float32, {4, 8}}, {"in.weight", DType::float32, {8, 4}}});
   source.fill(1);
   source.spec().set_name_map({{R"(model\.(.*))", R"(\1)"}});
   Trainer trainer = make_trainer(source);
@@ -90,8 +90,8 @@ TEST_P(Refit, FusedTargetIsBuiltFromItsParts) {
                                {"attn.to_q.weight", DType::bfloat16, {16, 8}},
                                {"attn.to_v.weight", DType::bfloat16, {4, 8}},
                                {"norm", DType::bfloat16, {8}}});
-  Model target("transformer", {{"attn.to_qkv.weight", DType::bfloat16, {24, 8}},
-                               {"norm", DType::bfloat16, {8}}});
+  Model target("transformer",
+               {{"attn.to_qkv.weight", DType::bfloat16, {24, 8}}, {"norm", DType::bfloat16, {8}}});
   source.fill(1);
   source.spec().set_name_map({{R"((.*)\.to_q\.weight)", R"(\1.to_qkv.weight)", 0, 3},
                               {R"((.*)\.to_k\.weight)", R"(\1.to_qkv.weight)", 1, 3},
@@ -139,8 +139,8 @@ TEST_P(Refit, SourceWithoutATargetIsRefusedUnlessAllowed) {
   const WaitingEngine waiting(engine);
   const auto refused = trainer.refit({"flux", "transformer"}, soon());
   EXPECT_EQ(code_of(refused), Errc::manifest_mismatch) << text_of(refused);
-  EXPECT_TRUE(one_detail_has(refused,
-                             {"optimizer.step", "trainer/transformer", "flux/transformer"}))
+  EXPECT_TRUE(
+      one_detail_has(refused, {"optimizer.step", "trainer/transformer", "flux/transformer"}))
       << text_of(refused);
   RefitTarget allowed{"flux", "transformer"};
   allowed.allow_unmatched = true;
@@ -167,7 +167,8 @@ void add_rows(ModuleSpec& spec, const Model& memory, std::size_t index, const st
 }
 
 TEST_P(Refit, ShardsOfTheSourceFillTheWholeTarget) {
-  Model source("transformer", {{"rank0", DType::float32, {3, 5}}, {"rank1", DType::float32, {5, 5}}});
+  Model source("transformer",
+               {{"rank0", DType::float32, {3, 5}}, {"rank1", DType::float32, {5, 5}}});
   Model target("transformer", {{"weight", DType::float32, {8, 5}}});
   source.fill(1);
   ModuleSpec sharded("transformer");

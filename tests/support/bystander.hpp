@@ -1,8 +1,8 @@
 // Bystander: an honest trainer and engine beside an attack, and the proof that they go on.
 //
-// goes_on() refits new bytes through sessions that were open before the attack, compares them, reads
-// them back through the checker, and asks the daemon for its pid. One thread of its own answers the
-// engine's gate.
+// goes_on() refits new bytes through sessions that were open before the attack, compares them,
+// reads them back through the checker, and asks the daemon for its pid. One thread of its own
+// answers the engine's gate.
 #pragma once
 
 #include <gtest/gtest.h>

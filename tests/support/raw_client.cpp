@@ -44,7 +44,8 @@ RawClient RawClient::joined(const std::string& socket, Role role, const std::str
   RawClient client(socket);
   client.hello(role, name);
   const Answer answer = client.answer();
-  if (answer.kind != Answer::Kind::welcome) give_up("no WELCOME for " + name + ": " + answer.message);
+  if (answer.kind != Answer::Kind::welcome)
+    give_up("no WELCOME for " + name + ": " + answer.message);
   return client;
 }
 
@@ -88,10 +89,15 @@ RawClient::Answer RawClient::answer() {
   pollfd entry{socket_.get(), POLLIN, 0};
   if (::poll(&entry, 1, kPatienceMs) <= 0) return answer;
   switch (receive_message(socket_.get(), message)) {
-    case Receive::nothing_yet: return answer;
-    case Receive::closed: answer.kind = Answer::Kind::closed; return answer;
-    case Receive::peer_broke_protocol: give_up("the daemon's message is not refit's");
-    case Receive::message: break;
+    case Receive::nothing_yet:
+      return answer;
+    case Receive::closed:
+      answer.kind = Answer::Kind::closed;
+      return answer;
+    case Receive::peer_broke_protocol:
+      give_up("the daemon's message is not refit's");
+    case Receive::message:
+      break;
   }
   if (message.preamble.kind == static_cast<std::uint16_t>(SocketMessage::nak)) {
     const auto* nak = verified_root<wire::Nak>(message.body.data(), message.body.size());
@@ -168,7 +174,8 @@ std::uint64_t RawClient::post(wire::Opcode opcode, const Bytes& payload) {
 
 std::optional<RawClient::Reply> RawClient::next_reply() {
   while (unread() == 0) {
-    pollfd entries[] = {{client_doorbell_.get(), POLLIN, 0}, {socket_.get(), POLLIN | POLLRDHUP, 0}};
+    pollfd entries[] = {{client_doorbell_.get(), POLLIN, 0},
+                        {socket_.get(), POLLIN | POLLRDHUP, 0}};
     if (::poll(entries, 2, kPatienceMs) <= 0) return std::nullopt;
     if (entries[0].revents != 0) {
       std::array<char, 4096> sink;
@@ -177,7 +184,8 @@ std::optional<RawClient::Reply> RawClient::next_reply() {
     if (unread() == 0 && entries[1].revents != 0) return std::nullopt;
   }
   const Descriptor descriptor = response().responses[replies_taken_ % kRingSlots];
-  const auto* bytes = reinterpret_cast<const std::uint8_t*>(response_.data()) + descriptor.payload_offset;
+  const auto* bytes =
+      reinterpret_cast<const std::uint8_t*>(response_.data()) + descriptor.payload_offset;
   const Bytes payload(bytes, bytes + descriptor.payload_bytes);
   request().response_head.store(++replies_taken_);
   const auto* message = verified_root<wire::Reply>(payload.data(), payload.size());
@@ -214,8 +222,8 @@ Bytes register_message(const std::string& module, const std::vector<RawRegion>& 
     const auto name = fbb.CreateString(spec.name);
     const auto shape = fbb.CreateVector(spec.shape);
     const auto strides = fbb.CreateVector(spec.strides);
-    tensor_list.push_back(wire::CreateTensor(fbb, name, static_cast<std::uint8_t>(spec.dtype), shape,
-                                             strides, spec.region, spec.offset_bytes));
+    tensor_list.push_back(wire::CreateTensor(fbb, name, static_cast<std::uint8_t>(spec.dtype),
+                                             shape, strides, spec.region, spec.offset_bytes));
   }
   std::vector<flatbuffers::Offset<wire::NameRule>> rule_list;
   for (const NameRule& rule : rules) {

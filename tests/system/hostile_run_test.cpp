@@ -41,12 +41,24 @@ class Attacker {
     const std::size_t index = pick(kSessions);
     RawClient& client = *sessions_[index];
     switch (pick(16)) {
-      case 0: scribble(client); break;
-      case 1: socket_message(client); break;
-      case 2: client.send_ticket(pick(8), random_fd(client)); break;
-      case 3: answer_gate(client); break;
-      case 4: descriptor(client); break;
-      default: request(client); break;
+      case 0:
+        scribble(client);
+        break;
+      case 1:
+        socket_message(client);
+        break;
+      case 2:
+        client.send_ticket(pick(8), random_fd(client));
+        break;
+      case 3:
+        answer_gate(client);
+        break;
+      case 4:
+        descriptor(client);
+        break;
+      default:
+        request(client);
+        break;
     }
     // Most of the time replies are read, so that the session lives to do more.
     if (pick(50) != 0) client.request().response_head.store(client.response().response_tail.load());
@@ -73,8 +85,9 @@ class Attacker {
     names_of_[index] = "attacker." + std::to_string(names_);
     if (pick(4) != 0) {
       sessions_[index]->send_ticket(100, memory_.get());
-      sessions_[index]->call(wire::Opcode::register_module,
-                             register_message("m", {{100, kRegionBytes}}, {byte_tensor("t", 4096)}));
+      sessions_[index]->call(
+          wire::Opcode::register_module,
+          register_message("m", {{100, kRegionBytes}}, {byte_tensor("t", 4096)}));
     }
   }
 
@@ -110,11 +123,21 @@ class Attacker {
   void descriptor(RawClient& client) {
     Descriptor one = client.describe(static_cast<wire::Opcode>(pick(10)), message());
     switch (pick(5)) {
-      case 0: one.payload_offset = random_(); break;
-      case 1: one.payload_bytes = static_cast<std::uint32_t>(random_()); break;
-      case 2: one.payload_xxh3 = random_(); break;
-      case 3: one.opcode = static_cast<std::uint16_t>(random_()); break;
-      default: one.payload_offset += pick(64); break;
+      case 0:
+        one.payload_offset = random_();
+        break;
+      case 1:
+        one.payload_bytes = static_cast<std::uint32_t>(random_());
+        break;
+      case 2:
+        one.payload_xxh3 = random_();
+        break;
+      case 3:
+        one.opcode = static_cast<std::uint16_t>(random_());
+        break;
+      default:
+        one.payload_offset += pick(64);
+        break;
     }
     client.push(one);
   }
@@ -136,19 +159,22 @@ class Attacker {
 
   Bytes message() {
     switch (pick(8)) {
-      case 0: opcode_ = wire::Opcode::ping; return empty_message();
+      case 0:
+        opcode_ = wire::Opcode::ping;
+        return empty_message();
       case 1: {
         opcode_ = wire::Opcode::register_module;
         TensorSpec tensor = byte_tensor("t" + std::to_string(pick(3)), pick(2 * kRegionBytes));
         tensor.offset_bytes = pick(kRegionBytes);
         tensor.region = static_cast<std::uint32_t>(pick(2));
         if (pick(3) == 0) tensor.strides = {pick(4)};
-        return register_message(module(), {{pick(8), pick(kRegionBytes + 1)}},
-                                {tensor, byte_tensor("t", pick(64))},
-                                pick(3) == 0 ? std::vector<NameRule>{{"(t)(.*)", "\\1x\\2"}}
-                                             : std::vector<NameRule>{});
+        return register_message(
+            module(), {{pick(8), pick(kRegionBytes + 1)}}, {tensor, byte_tensor("t", pick(64))},
+            pick(3) == 0 ? std::vector<NameRule>{{"(t)(.*)", "\\1x\\2"}} : std::vector<NameRule>{});
       }
-      case 2: opcode_ = wire::Opcode::unregister_module; return unregister_message(module());
+      case 2:
+        opcode_ = wire::Opcode::unregister_module;
+        return unregister_message(module());
       case 3:
         opcode_ = wire::Opcode::refit;
         return refit_message({1, pick(50)}, {{engine(), module(), module()}, {engine(), "m", "m"}},
@@ -156,13 +182,18 @@ class Attacker {
       case 4:
         opcode_ = wire::Opcode::refit;
         return refit_message({1, random_()}, {{engine(), "m", "m", {"t"}}}, pick(30'000));
-      case 5: opcode_ = wire::Opcode::check; return check_message(engine(), module(), {"t", "x"});
+      case 5:
+        opcode_ = wire::Opcode::check;
+        return check_message(engine(), module(), {"t", "x"});
       case 6:
         opcode_ = wire::Opcode::digest;
-        return digest_message(engine(), module(), pick(2) == 0 ? std::vector<std::string>{}
-                                                               : std::vector<std::string>{"t"},
-                              pick(30'000));
-      default: opcode_ = wire::Opcode::tensors; return tensors_message(engine(), module());
+        return digest_message(
+            engine(), module(),
+            pick(2) == 0 ? std::vector<std::string>{} : std::vector<std::string>{"t"},
+            pick(30'000));
+      default:
+        opcode_ = wire::Opcode::tensors;
+        return tensors_message(engine(), module());
     }
   }
 

@@ -74,9 +74,9 @@ class Protocol : public ::testing::Test {
   static void register_page(RawClient& client, const std::string& module, std::uint64_t ticket,
                             int fd) {
     ASSERT_TRUE(client.send_ticket(ticket, fd));
-    const auto reply = client.call(wire::Opcode::register_module,
-                                   register_message(module, {{ticket, kPage}},
-                                                    {byte_tensor("t", kPage)}));
+    const auto reply =
+        client.call(wire::Opcode::register_module,
+                    register_message(module, {{ticket, kPage}}, {byte_tensor("t", kPage)}));
     ASSERT_TRUE(reply);
     ASSERT_EQ(reply->code, Errc::ok) << text(*reply);
   }
@@ -191,9 +191,8 @@ TEST_F(Protocol, HelloWithValuesThatDoNotExistIsRefused) {
                          {fbb.GetBufferPointer(), fbb.GetBufferPointer() + fbb.GetSize()}));
     return sut.answer();
   };
-  for (const auto& answer :
-       {send_hello(3, 0, true), send_hello(255, 0, true), send_hello(0, 3, true),
-        send_hello(0, 0, false)}) {
+  for (const auto& answer : {send_hello(3, 0, true), send_hello(255, 0, true),
+                             send_hello(0, 3, true), send_hello(0, 0, false)}) {
     EXPECT_EQ(answer.kind, Kind::nak);
     EXPECT_EQ(answer.code, Errc::bad_argument) << answer.message;
   }
@@ -308,8 +307,8 @@ TEST_F(Protocol, MoreThan64UnclaimedTicketsEndTheSession) {
 }
 
 // Goal: a client that fills the daemon with fds does not take them from others.
-// Method: a daemon that was started with few fds allowed; many sessions with a few tickets each, more
-// than that together; then a newcomer must register.
+// Method: a daemon that was started with few fds allowed; many sessions with a few tickets each,
+// more than that together; then a newcomer must register.
 TEST_F(Protocol, TicketsOfOneClientDoNotExhaustTheDaemonsFds) {
   rlimit limit{};
   ASSERT_EQ(::getrlimit(RLIMIT_NOFILE, &limit), 0);
@@ -416,8 +415,8 @@ flatbuffers::Offset<flatbuffers::Vector<flatbuffers::Offset<T>>> repeated(
   return fbb.CreateVector(std::vector<flatbuffers::Offset<T>>(count, one));
 }
 
-// Goal: what a message claims to hold is bounded before it is copied. Unbounded, each of these would
-// make the daemon ask for some 100 GB.
+// Goal: what a message claims to hold is bounded before it is copied. Unbounded, each of these
+// would make the daemon ask for some 100 GB.
 TEST_F(Protocol, MessagesThatShareTheirPartsCostNoMemory) {
   const std::string long_text(2'000'000, 'n');
   const std::vector<std::uint64_t> long_dims(200'000, 1);
@@ -438,17 +437,19 @@ TEST_F(Protocol, MessagesThatShareTheirPartsCostNoMemory) {
   flatbuffers::FlatBufferBuilder fbb;
   {
     const auto name = fbb.CreateString(long_text);
-    const auto expected = wire::CreateExpectedDigest(
-        fbb, name, fbb.CreateVector(std::vector<std::uint8_t>(32)));
+    const auto expected =
+        wire::CreateExpectedDigest(fbb, name, fbb.CreateVector(std::vector<std::uint8_t>(32)));
     const auto engine = fbb.CreateString("bystander");
-    fbb.Finish(wire::CreateCheck(fbb, engine, engine, 1, repeated(fbb, expected, 100'000), 1'000'000));
+    fbb.Finish(
+        wire::CreateCheck(fbb, engine, engine, 1, repeated(fbb, expected, 100'000), 1'000'000));
     refused(wire::Opcode::check, bytes(fbb), "names of a check");
   }
   fbb.Clear();
   {
     const auto name = fbb.CreateString(long_text);
     const auto engine = fbb.CreateString("bystander");
-    fbb.Finish(wire::CreateDigestQuery(fbb, engine, engine, 1, repeated(fbb, name, 300'000), false, 1'000'000));
+    fbb.Finish(wire::CreateDigestQuery(fbb, engine, engine, 1, repeated(fbb, name, 300'000), false,
+                                       1'000'000));
     refused(wire::Opcode::digest, bytes(fbb), "selection of a digest");
   }
   fbb.Clear();
@@ -456,12 +457,14 @@ TEST_F(Protocol, MessagesThatShareTheirPartsCostNoMemory) {
     // The same tensor over and over: a request of a megabyte would hash for minutes.
     const auto name = fbb.CreateString("embed.weight");
     const auto engine = fbb.CreateString("bystander");
-    fbb.Finish(wire::CreateDigestQuery(fbb, engine, engine, 1, repeated(fbb, name, 300'000), false, 1'000'000));
+    fbb.Finish(wire::CreateDigestQuery(fbb, engine, engine, 1, repeated(fbb, name, 300'000), false,
+                                       1'000'000));
     refused(wire::Opcode::digest, bytes(fbb), "one tensor selected often");
   }
   fbb.Clear();
   {
-    const auto tensor = wire::CreateTensor(fbb, fbb.CreateString("t"), 11, fbb.CreateVector(long_dims));
+    const auto tensor =
+        wire::CreateTensor(fbb, fbb.CreateString("t"), 11, fbb.CreateVector(long_dims));
     const auto name = fbb.CreateString("m");
     fbb.Finish(wire::CreateRegisterModule(fbb, name, 0, repeated(fbb, tensor, 60'000)));
     refused(wire::Opcode::register_module, bytes(fbb), "dimensions of a tensor");
@@ -526,8 +529,8 @@ TEST_F(Protocol, ClientThatNeverReadsItsRepliesLosesItsSession) {
 }
 
 // Goal: the reply that finds no room may be that of an operation which another one's end set free.
-// Method: the reply ring is filled to its last slot while a refit, or a digest behind it, waits; its
-// deadline then makes the daemon answer.
+// Method: the reply ring is filled to its last slot while a refit, or a digest behind it, waits;
+// its deadline then makes the daemon answer.
 TEST_F(Protocol, ReplyRingThatIsFullWhenWaitingWorkFailsEndsTheSessionOnly) {
   const UniqueFd fd = honest_memfd(kPage, kHonestSeals);
   for (const int digests : {0, 3}) {
@@ -641,8 +644,7 @@ TEST_F(Protocol, FdThatIsNotSealedMemoryIsRefusedWithWhatItIs) {
   const UniqueFd pipe_read = UniqueFd::adopt(pipe_fds[0]);
   const UniqueFd pipe_write = UniqueFd::adopt(pipe_fds[1]);
   const std::string path = directory_.path() + "/file";
-  const UniqueFd file =
-      UniqueFd::adopt(::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600));
+  const UniqueFd file = UniqueFd::adopt(::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600));
   ASSERT_EQ(::ftruncate(file.get(), kPage), 0);
   const UniqueFd shm = UniqueFd::adopt(::open("/dev/shm", O_TMPFILE | O_RDWR | O_CLOEXEC, 0600));
   const UniqueFd directory = UniqueFd::adopt(::open("/", O_RDONLY | O_DIRECTORY | O_CLOEXEC));
@@ -652,8 +654,8 @@ TEST_F(Protocol, FdThatIsNotSealedMemoryIsRefusedWithWhatItIs) {
   const UniqueFd only_grow = honest_memfd(kPage, F_SEAL_GROW);
   const UniqueFd small = honest_memfd(kPage, kHonestSeals);
   const UniqueFd no_write = honest_memfd(kPage, kHonestSeals | F_SEAL_FUTURE_WRITE);
-  const UniqueFd huge = UniqueFd::adopt(
-      ::memfd_create("huge", MFD_CLOEXEC | MFD_ALLOW_SEALING | MFD_HUGETLB));
+  const UniqueFd huge =
+      UniqueFd::adopt(::memfd_create("huge", MFD_CLOEXEC | MFD_ALLOW_SEALING | MFD_HUGETLB));
   RawClient sut = join(Role::engine);
   struct Case {
     const char* what;
@@ -685,8 +687,9 @@ TEST_F(Protocol, FdThatIsNotSealedMemoryIsRefusedWithWhatItIs) {
   for (const Case& one : cases) {
     SCOPED_TRACE(one.what);
     ASSERT_TRUE(sut.send_ticket(++ticket, one.fd));
-    const auto reply = sut.call(wire::Opcode::register_module,
-                                register_message("m", {{ticket, one.bytes}}, {byte_tensor("t", 16)}));
+    const auto reply =
+        sut.call(wire::Opcode::register_module,
+                 register_message("m", {{ticket, one.bytes}}, {byte_tensor("t", 16)}));
     ASSERT_TRUE(reply) << "the session ended instead";
     EXPECT_TRUE(reply->code == Errc::bad_region || reply->code == Errc::os) << text(*reply);
     EXPECT_NE(text(*reply).find("hostile/m"), std::string::npos) << text(*reply);
@@ -722,7 +725,8 @@ TEST_F(Protocol, EveryWrongRegionIsInOneError) {
 }
 
 // Goal: the daemon does not pay for memory that a client only claims to have.
-// Method: a sealed memfd of 64 MiB without a page; were it a TiB, populating it would end the daemon.
+// Method: a sealed memfd of 64 MiB without a page; were it a TiB, populating it would end the
+// daemon.
 TEST_F(Protocol, RegionWithoutMemoryBehindItIsRefused) {
   constexpr std::size_t kBytes = std::size_t{64} << 20;
   auto sparse = make_memfd("sparse", kBytes);
@@ -745,8 +749,9 @@ TEST_F(Protocol, RegionThatIsPunchedAfterRegistrationHurtsNobody) {
   RawClient trainer = join(Role::trainer, "punched");
   for (const auto& [client, fd] : {std::pair{&engine, target.get()}, {&trainer, source.get()}}) {
     ASSERT_TRUE(client->send_ticket(1, fd));
-    const auto reply = client->call(wire::Opcode::register_module,
-                                    register_message("m", {{1, kBytes}}, {byte_tensor("t", kBytes)}));
+    const auto reply =
+        client->call(wire::Opcode::register_module,
+                     register_message("m", {{1, kBytes}}, {byte_tensor("t", kBytes)}));
     ASSERT_TRUE(reply);
     ASSERT_EQ(reply->code, Errc::ok) << text(*reply);
     ASSERT_EQ(::fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, kBytes), 0);
@@ -814,8 +819,8 @@ TEST_F(Protocol, RefitThatMakesNoSenseIsRefused) {
   const auto refit = [&](const Bytes& message) { return sut.call(wire::Opcode::refit, message); };
   expect_refused(sut, refit(refit_message({}, one)), Errc::bad_argument, {"transaction"});
   expect_refused(sut, refit(refit_message({1, 1}, {})), Errc::bad_argument, {"target"});
-  expect_refused(sut, refit(refit_message({1, 1}, std::vector<RawTarget>(65, one[0]))),
-                 Errc::quota, {"64"});
+  expect_refused(sut, refit(refit_message({1, 1}, std::vector<RawTarget>(65, one[0]))), Errc::quota,
+                 {"64"});
   expect_refused(sut, refit(refit_message({1, 1}, one, 1000, wire::Staging::shadow)),
                  Errc::unsupported, {"shadow"});
   expect_refused(sut, refit(refit_message({1, 1}, one, 1000, static_cast<wire::Staging>(9))),
@@ -868,8 +873,7 @@ TEST_F(Protocol, GarbageInTheGateAnswerFailsThatEnginesRefitsOnly) {
     std::mt19937_64 random(3);
     while (!stop.load()) {
       const std::uint64_t epoch = GateWord::unpack(engine.response().gate.load()).epoch;
-      engine.request().gate_answer.store(random() % 2 == 0 ? random()
-                                                           : epoch << 16 | random() % 4);
+      engine.request().gate_answer.store(random() % 2 == 0 ? random() : epoch << 16 | random() % 4);
       engine.ring();
     }
   });
@@ -898,7 +902,10 @@ TEST_F(Protocol, RegionThatChangesWhileItIsReadEndsAtMostItsSession) {
     std::atomic<bool> stop{false};
     std::thread scribbler([&, i] {
       std::mt19937_64 random(static_cast<std::uint64_t>(i));
-      auto* words = reinterpret_cast<std::atomic<std::uint64_t>*>(&sut.request());
+      // Through a mapping of its own: what is under test is the daemon's reading, in another
+      // process, and ThreadSanitizer would only see this process's two writers.
+      void* alias = ::mremap(&sut.request(), 0, kRequestRegionBytes, MREMAP_MAYMOVE);
+      auto* words = static_cast<std::atomic<std::uint64_t>*>(alias);
       constexpr std::size_t kHead = offsetof(RequestRegion, arena) / 8;
       while (!stop.load()) {
         // Descriptors and the payload's first kilobytes most of all; the tail now and then, because
@@ -908,11 +915,13 @@ TEST_F(Protocol, RegionThatChangesWhileItIsReadEndsAtMostItsSession) {
         if (is_tail && random() % 512 != 0) continue;
         words[at].store(random() % 3 == 0 ? random() : words[at].load() ^ (1ULL << random() % 64));
       }
+      ::munmap(alias, kRequestRegionBytes);
     });
     const Bytes refit = refit_message({1, 1}, {{"bystander", "bystander", "m"}}, 1000);
     const Bytes digest = digest_message("bystander", "bystander", {}, 1000);
     for (int k = 0; k < 300; ++k) {
-      sut.post(k % 2 == 0 ? wire::Opcode::refit : wire::Opcode::digest, k % 2 == 0 ? refit : digest);
+      sut.post(k % 2 == 0 ? wire::Opcode::refit : wire::Opcode::digest,
+               k % 2 == 0 ? refit : digest);
       sut.request().response_head.store(sut.response().response_tail.load());
       pollfd hangup{sut.socket(), POLLRDHUP, 0};
       if (::poll(&hangup, 1, 0) > 0) break;

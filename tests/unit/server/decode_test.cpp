@@ -35,7 +35,8 @@ Result<std::string> name_of(const std::string& text) {
 TEST(DecodeName, TakesPrintableNamesOfUpTo256Bytes) {
   for (const std::string& text :
        {std::string("transformer"), std::string("vae.2"), std::string(256, 'x'),
-        std::string("\xc3\xbc" "ber")}) {
+        std::string("\xc3\xbc"
+                    "ber")}) {
     const auto name = name_of(text);
     ASSERT_TRUE(name) << name.error().to_string();
     EXPECT_EQ(*name, text);
@@ -61,19 +62,18 @@ TEST(DecodeRegister, KeepsEveryField) {
   auto& fbb = message.fbb;
   const auto region = wire::CreateRegion(fbb, 11, 12);
   const std::vector<std::uint64_t> shape{2, 3}, strides{3, 1}, global{4, 3}, box{1, 0};
-  const auto tensor =
-      wire::CreateTensor(fbb, fbb.CreateString("t"), 4, fbb.CreateVector(shape),
-                         fbb.CreateVector(strides), 5, 6, fbb.CreateVector(global),
-                         fbb.CreateVector(box));
+  const auto tensor = wire::CreateTensor(fbb, fbb.CreateString("t"), 4, fbb.CreateVector(shape),
+                                         fbb.CreateVector(strides), 5, 6, fbb.CreateVector(global),
+                                         fbb.CreateVector(box));
   const auto rule = wire::CreateNameRule(fbb, fbb.CreateString("p"), fbb.CreateString("q"), 1, 3);
   const wire::TransactionId id(7, 8);
   const auto regions = fbb.CreateVector(&region, 1);
   const auto tensors = fbb.CreateVector(&tensor, 1);
   const auto rules = fbb.CreateVector(&rule, 1);
   const auto name = fbb.CreateString("m");
-  const auto sut = decode(*message.finish(wire::CreateRegisterModule(fbb, name, regions, tensors,
-                                                                     rules, 9, &id, true)),
-                          ManifestLimits{});
+  const auto sut = decode(
+      *message.finish(wire::CreateRegisterModule(fbb, name, regions, tensors, rules, 9, &id, true)),
+      ManifestLimits{});
   ASSERT_TRUE(sut) << sut.error().to_string();
   EXPECT_EQ(sut->module, "m");
   ASSERT_EQ(sut->regions.size(), 1U);
@@ -154,7 +154,8 @@ TEST(DecodeRegister, RefusesCountsOverTheLimits) {
 }
 
 // Goal: a small message cannot make the daemon copy more than a message's worth.
-// Method: tables that all name the same long string or vector, of which a few thousand would be GBs.
+// Method: tables that all name the same long string or vector, of which a few thousand would be
+// GBs.
 TEST(DecodeRegister, RefusesPartsThatAreSharedIntoMoreThanAMessage) {
   Message names;
   {
@@ -176,8 +177,8 @@ TEST(DecodeRegister, RefusesPartsThatAreSharedIntoMoreThanAMessage) {
     const std::vector<flatbuffers::Offset<wire::Tensor>> many(50'000, tensor);
     const auto tensors = fbb.CreateVector(many);
     const auto name = fbb.CreateString("m");
-    EXPECT_FALSE(
-        decode(*shapes.finish(wire::CreateRegisterModule(fbb, name, 0, tensors)), ManifestLimits{}));
+    EXPECT_FALSE(decode(*shapes.finish(wire::CreateRegisterModule(fbb, name, 0, tensors)),
+                        ManifestLimits{}));
   }
 }
 
@@ -187,7 +188,8 @@ TEST(DecodeRegister, TakesTheLargestHonestMessage) {
   auto& fbb = message.fbb;
   std::vector<flatbuffers::Offset<wire::Tensor>> list;
   for (int i = 0; fbb.GetSize() < kPayloadBytesMax - 512 * 1024; ++i) {
-    const auto name = fbb.CreateString("a.rather.long.name.of.a.tensor.number." + std::to_string(i));
+    const auto name =
+        fbb.CreateString("a.rather.long.name.of.a.tensor.number." + std::to_string(i));
     const auto shape = fbb.CreateVector(std::vector<std::uint64_t>{1, 2, 3, 4});
     list.push_back(wire::CreateTensor(fbb, name, 2, shape));
   }
