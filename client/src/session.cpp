@@ -303,7 +303,7 @@ Result<const wire::Reply*> Session::await(std::uint64_t request, Deadline deadli
       may_spin = false;
       {
         const Awake reading(*request_);
-        spin_briefly(something);
+        spin_briefly(something, kAdaptiveSpinMax);
       }
       if (something()) continue;
     }

@@ -135,7 +135,7 @@ Result<void> populate(const Mapping& mapping, Access access, const std::string& 
   const int advice = access == Access::read_only ? MADV_POPULATE_READ : MADV_POPULATE_WRITE;
   // In steps, so that a signal that interrupts one costs little, and a huge region does not hold
   // the mmap lock for long.
-  constexpr std::size_t kStepBytes = std::size_t{256} << 20;
+  constexpr std::size_t kStepBytes = std::size_t{1} << 30;
   for (std::size_t offset = 0; offset < mapping.bytes();) {
     const std::size_t step = std::min(kStepBytes, mapping.bytes() - offset);
     if (::madvise(mapping.data() + offset, step, advice) == 0) {

@@ -15,7 +15,13 @@
 
 namespace refit {
 
+/// How long `adaptive` reads where nothing better is known.
 inline constexpr std::chrono::microseconds kAdaptiveSpin{20};
+
+/// The longest that it reads for work whose last turn is known to have been shorter: a peer that
+/// must be woken from an idle core takes some 25 us of that by itself (measured), and a reader that
+/// gives up just before pays twice.
+inline constexpr std::chrono::microseconds kAdaptiveSpinMax{80};
 
 inline void cpu_relax() noexcept {
 #if defined(__x86_64__)
@@ -28,9 +34,9 @@ inline void cpu_relax() noexcept {
 /// Reads `ready` until it is true or the adaptive budget is spent; returns what it last said.
 /// Yields the core every few reads, so that a peer which was just woken on it can run.
 template <typename Ready>
-bool spin_briefly(Ready&& ready) {
+bool spin_briefly(Ready&& ready, std::chrono::microseconds budget = kAdaptiveSpin) {
   constexpr int kReadsPerYield = 32;
-  const auto end = std::chrono::steady_clock::now() + kAdaptiveSpin;
+  const auto end = std::chrono::steady_clock::now() + budget;
   do {
     for (int i = 0; i < kReadsPerYield; ++i) {
       if (ready()) return true;

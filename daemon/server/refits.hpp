@@ -69,6 +69,7 @@ class Refits {
   [[nodiscard]] bool abandoned(const Refit& refit) const;
   void fail_late(Refit& refit);
   void open_gates(Refit& refit);
+  static void prefetch(const Refit& refit);
   void wait_briefly(Refit& refit);
   void on_readiness(Refit& refit);
   void write(Refit& refit);
