@@ -222,7 +222,7 @@ TEST_F(GateUse, ServingThreadThatRefusedLetsGoOfADeadDaemon) {
 }
 
 // Goal: a step of ten seconds ends a short deadline with a named error and is waited for by a long
-// one. The ten seconds are the issue's, slept once.
+// one. The ten seconds are slept for real, once.
 TEST_F(GateUse, StepOfTenSecondsIsRefusedByAShortDeadlineAndAwaitedByALongOne) {
   Trainer trainer = make_trainer(*source_);
   Engine sut = make_engine("flux", *target_);
