@@ -15,12 +15,12 @@
 #include <cstdlib>
 #include <cstring>
 #include <string>
-#include <vector>
 
 #include "posix/unique_fd.hpp"
 #include "refit/observer.hpp"
 #include "support/daemon_process.hpp"
 #include "support/must.hpp"
+#include "support/program.hpp"
 
 namespace refit::test {
 namespace {
@@ -36,39 +36,9 @@ UniqueFd bind_socket(int type, const std::string& path) {
   return socket;
 }
 
-/// What a finished program left behind.
-struct Finished {
-  int status = -1;
-  std::string output;  ///< stdout and stderr
-};
-
-/// Runs refitd with `arguments` until it ends.
-Finished run_daemon(const std::vector<std::string>& arguments) {
-  int pipe_fds[2] = {-1, -1};
-  EXPECT_EQ(::pipe2(pipe_fds, O_CLOEXEC), 0);
-  const pid_t child = ::fork();
-  if (child == 0) {
-    ::dup2(pipe_fds[1], STDOUT_FILENO);
-    ::dup2(pipe_fds[1], STDERR_FILENO);
-    std::vector<std::string> words{REFITD_PATH};
-    words.insert(words.end(), arguments.begin(), arguments.end());
-    std::vector<char*> argv;
-    for (std::string& word : words) argv.push_back(word.data());
-    argv.push_back(nullptr);
-    ::execv(argv[0], argv.data());
-    ::_exit(127);
-  }
-  ::close(pipe_fds[1]);
-  Finished finished;
-  char buffer[4096];
-  for (ssize_t count = 0; (count = ::read(pipe_fds[0], buffer, sizeof buffer)) > 0;) {
-    finished.output.append(buffer, static_cast<std::size_t>(count));
-  }
-  ::close(pipe_fds[0]);
-  int status = 0;
-  ::waitpid(child, &status, 0);
-  finished.status = WIFEXITED(status) ? WEXITSTATUS(status) : 1000 + WTERMSIG(status);
-  return finished;
+/// The exit code of a program that ended by itself; -1 if a signal ended it.
+int exit_code(const ProgramEnd& end) {
+  return WIFEXITED(end.status) ? WEXITSTATUS(end.status) : -1;
 }
 
 // Goal: the daemon serves a socket that systemd opened, says when it is ready, and leaves the
@@ -122,30 +92,32 @@ TEST(Daemon, RemovesItsOwnSocketOnTermination) {
 }
 
 TEST(Daemon, HelpTeachesAndExitsWithZero) {
-  const Finished sut = run_daemon({"--help"});
-  EXPECT_EQ(sut.status, 0);
+  const ProgramEnd sut = run_refitd({"--help"});
+  EXPECT_EQ(exit_code(sut), 0);
   EXPECT_NE(sut.output.find("--socket"), std::string::npos);
   EXPECT_NE(sut.output.find("--waiting"), std::string::npos);
 }
 
 TEST(Daemon, VersionNamesProtocolAndLayout) {
-  const Finished sut = run_daemon({"--version"});
-  EXPECT_EQ(sut.status, 0);
+  const ProgramEnd sut = run_refitd({"--version"});
+  EXPECT_EQ(exit_code(sut), 0);
   EXPECT_NE(sut.output.find("protocol 1"), std::string::npos);
   EXPECT_NE(sut.output.find("layout "), std::string::npos);
 }
 
-TEST(Daemon, UnknownOptionExitsWithTwo) { EXPECT_EQ(run_daemon({"--no-such-option"}).status, 2); }
+TEST(Daemon, UnknownOptionExitsWithTwo) {
+  EXPECT_EQ(exit_code(run_refitd({"--no-such-option"})), 2);
+}
 
 TEST(Daemon, WithoutAnySocketSaysHowToGetOne) {
-  const Finished sut = run_daemon({});
-  EXPECT_EQ(sut.status, 2);
+  const ProgramEnd sut = run_refitd({});
+  EXPECT_EQ(exit_code(sut), 2);
   EXPECT_NE(sut.output.find("--socket"), std::string::npos) << sut.output;
 }
 
 TEST(Daemon, DirectoryThatIsNotThereIsNamed) {
-  const Finished sut = run_daemon({"--socket", "/no/such/directory/refitd.sock"});
-  EXPECT_EQ(sut.status, 1);
+  const ProgramEnd sut = run_refitd({"--socket", "/no/such/directory/refitd.sock"});
+  EXPECT_EQ(exit_code(sut), 1);
   EXPECT_NE(sut.output.find("/no/such/directory"), std::string::npos) << sut.output;
 }
 
