@@ -15,8 +15,10 @@ namespace {
 /// itself.
 constexpr std::uint64_t kInlineCopyBytesMax = std::uint64_t{256} << 10;
 
-/// An engine that answered its last gate within this time is read for before the loop blocks.
-constexpr float kQuickAnswerUs = 70;
+/// An engine that answered its last gate within this time is read for that long before the loop
+/// blocks: a step of a few hundred microseconds ends without a core to wake (some 25 us). It bounds
+/// what any other session waits meanwhile.
+constexpr std::chrono::microseconds kQuickAnswer{400};
 
 constexpr std::uint64_t kDeadlineUsMax = 3'600'000'000;
 
@@ -274,11 +276,11 @@ void Refits::prefetch(const Refit& refit) {
 void Refits::wait_briefly(Refit& refit) {
   const bool quick =
       std::all_of(refit.engines.begin(), refit.engines.end(),
-                  [](const auto& engine) { return engine->last_gate_us < kQuickAnswerUs; });
+                  [](const auto& engine) { return engine->last_gate_us < kQuickAnswer.count(); });
   if (waiting_ != Waiting::adaptive || !quick) return;
   for (const auto& engine : refit.engines) engine->memory->response_region().daemon_awake.store(1);
   spin_briefly([&] { return refit.transaction.readiness() != Transaction::Readiness::waiting; },
-               kAdaptiveSpinMax);
+               kQuickAnswer);
   // From here on an engine rings again. An answer that fell between the last look and this store is
   // looked for below.
   for (const auto& engine : refit.engines) {
