@@ -125,26 +125,30 @@ struct KernelTable {
   std::size_t count = 0;
   const CopyKernel* best = nullptr;
 
-  // In order of preference, worst first. Measured on an AMD EPYC of family 25 (Zen 4) between
-  // populated tmpfs mappings: a prefetch 2 KiB ahead gains 5 to 15 %, 512 bytes ahead nothing; with
-  // it the two widths are equal on one thread and on two.
+  // In order of preference, worst first. Measured between populated tmpfs mappings, on one thread
+  // and on two: a prefetch 2 KiB ahead gains 5 to 15 % on an AMD EPYC of family 25 (Zen 4) and
+  // loses 10 % on one of family 26 (Zen 5); 512 bytes ahead gain nothing on either. The two widths
+  // are equal.
   KernelTable() noexcept {
-    kernels[count++] = {"memcpy", copy_memcpy, true};
+    kernels[count++] = {"memcpy", copy_memcpy, true, false};
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") != 0;
     const bool avx512 = __builtin_cpu_supports("avx512f") != 0;
     constexpr std::size_t kAheadBytes = 2048;
-    kernels[count++] = {"rep_movsb", copy_rep_movsb, true};
-    kernels[count++] = {"nt_avx512", copy_nt_avx512<0>, avx512};
-    kernels[count++] = {"nt_avx2", copy_nt_avx2<0>, avx2};
-    kernels[count++] = {"nt_avx512_prefetch", copy_nt_avx512<kAheadBytes>, avx512};
-    kernels[count++] = {"nt_avx2_prefetch", copy_nt_avx2<kAheadBytes>, avx2};
+    kernels[count++] = {"rep_movsb", copy_rep_movsb, true, false};
+    kernels[count++] = {"nt_avx512", copy_nt_avx512<0>, avx512, false};
+    kernels[count++] = {"nt_avx2", copy_nt_avx2<0>, avx2, false};
+    kernels[count++] = {"nt_avx512_prefetch", copy_nt_avx512<kAheadBytes>, avx512, true};
+    kernels[count++] = {"nt_avx2_prefetch", copy_nt_avx2<kAheadBytes>, avx2, true};
+    const bool prefetch_pays = __builtin_cpu_is("amdfam19h") != 0;
+#else
+    const bool prefetch_pays = false;
 #endif
     best = &kernels[0];
     if (REFIT_COPY_VISIBLE_TO_TSAN) return;
     for (std::size_t i = 2; i < count; ++i) {
-      if (kernels[i].supported) best = &kernels[i];
+      if (kernels[i].supported && (prefetch_pays || !kernels[i].prefetches)) best = &kernels[i];
     }
   }
 };

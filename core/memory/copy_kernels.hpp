@@ -16,7 +16,8 @@ using CopyFunction = void (*)(void* target, const void* source, std::size_t byte
 struct CopyKernel {
   const char* name;
   CopyFunction copy;
-  bool supported;  ///< by this CPU and this kernel's saved registers
+  bool supported;   ///< by this CPU and this kernel's saved registers
+  bool prefetches;  ///< reads ahead of itself, which pays on some CPUs and costs on others
 };
 
 /// Runs below this many bytes are left to memcpy: their target lines are partly shared with the

@@ -85,8 +85,8 @@ TEST(CopyKernels, ChosenKernelIsOneOfTheSupported) {
   bool found = false;
   for_each_supported_kernel([&](const CopyKernel& kernel) { found |= kernel.name == chosen; });
   EXPECT_TRUE(found) << chosen;
-  expect_copies({"copy_bytes", copy_bytes, true}, 1000003, 3, 9);
-  expect_copies({"copy_bytes", copy_bytes, true}, 17, 3, 9);
+  expect_copies({"copy_bytes", copy_bytes, true, false}, 1000003, 3, 9);
+  expect_copies({"copy_bytes", copy_bytes, true, false}, 17, 3, 9);
 }
 
 }  // namespace
