@@ -140,6 +140,7 @@ TEST_P(Refit, DisjointEnginesRunInParallel) {
   Trainer trainer = make_trainer(fleet.source_dit, "free");
   Engine a = make_engine("a", fleet.dit_a);
   Engine b = make_engine("b", fleet.dit_b);
+  quiet(a);
   BackgroundRefit stuck(stuck_trainer, {{"a", "transformer"}}, soon());
   ASSERT_TRUE(asked(a));
   {
@@ -211,6 +212,26 @@ TEST_P(Refit, CommittedTransactionIsReplayedAndNotCopiedAgain) {
   EXPECT_TRUE(target.equals(committed)) << "the replay copied";
 }
 
+// Goal: a transaction is known again by what it wrote, not by its id alone.
+TEST_P(Refit, CommittedIdWithOtherTensorsIsWrittenAndNotReplayed) {
+  Model source("transformer", small_tensors());
+  Model target("transformer", small_tensors());
+  source.fill(1);
+  target.fill(2);
+  Trainer trainer = make_trainer(source);
+  Engine engine = make_engine("flux", target);
+  const WaitingEngine waiting(engine);
+  RefitOptions how;
+  how.transaction = TransactionId::random();
+  for (const std::size_t index : {0U, 1U}) {
+    const auto report =
+        trainer.refit({"flux", "transformer", "", {source.names()[index]}}, soon(), how);
+    ASSERT_TRUE(report) << report.error().to_string();
+    EXPECT_FALSE(report->replayed);
+    EXPECT_TRUE(target.tensor_equals(source, index)) << source.names()[index];
+  }
+}
+
 // Goal: the same transaction sent twice before the first is done is written once.
 TEST_P(Refit, TransactionThatIsSentTwiceIsWrittenOnce) {
   Model source("transformer", small_tensors());
@@ -220,6 +241,7 @@ TEST_P(Refit, TransactionThatIsSentTwiceIsWrittenOnce) {
   Trainer two = make_trainer(source, "two");
   Engine engine = make_engine("flux", target);
   const TransactionId id = TransactionId::random();
+  quiet(engine);
   BackgroundRefit first(one, {{"flux", "transformer"}}, soon(), id);
   ASSERT_TRUE(asked(engine));
   BackgroundRefit second(two, {{"flux", "transformer"}}, soon(), id);
@@ -301,6 +323,7 @@ TEST_P(Refit, EngineThatDiesAtItsGateFailsTheRefitAndTheNextEngineWorks) {
   Trainer trainer = make_trainer(source);
   {
     Engine engine = make_engine("flux", target);
+    quiet(engine);
     BackgroundRefit refit(trainer, {{"flux", "transformer"}}, soon());
     ASSERT_TRUE(asked(engine));
     { const Engine leaving = std::move(engine); }

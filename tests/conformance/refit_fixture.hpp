@@ -48,6 +48,14 @@ class Refit : public ::testing::TestWithParam<MemoryKind> {
   }
   Observer make_observer() { return must(Observer::connect("observer", options(), soon())); }
 
+  /// Drains the doorbell that the reply to a registration may have rung. The daemon has one loop:
+  /// once it has let an observer in, that ring is over.
+  void quiet(Engine& engine) {
+    make_observer();
+    EXPECT_GE(engine.fd(), 0);
+    EXPECT_FALSE(must(engine.poll(soon())));
+  }
+
   /// SHA-256 of every tensor's live bytes, read through the ring.
   std::map<std::string, std::string> digests(const std::string& engine, const std::string& module) {
     Observer observer = make_observer();
@@ -62,7 +70,8 @@ class Refit : public ::testing::TestWithParam<MemoryKind> {
   DaemonProcess daemon_;
 };
 
-/// True once the daemon has asked this engine to hold still. Takes the engine's fd().
+/// True once the daemon has asked this engine to hold still. Takes the engine's fd(), which must be
+/// quiet before the refit is sent: see Refit::quiet().
 inline bool asked(Engine& engine) {
   return eventually([&] {
     pollfd entry{engine.fd(), POLLIN, 0};

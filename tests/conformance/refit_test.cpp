@@ -120,6 +120,7 @@ TEST_P(Refit, WritesNothingBeforeTheEngineHoldsStill) {
   before.fill(2);
   Trainer trainer = make_trainer(source);
   Engine engine = make_engine("flux", target);
+  quiet(engine);
   BackgroundRefit refit(trainer, {kTransformer}, soon());
   ASSERT_TRUE(asked(engine));
   EXPECT_TRUE(target.equals(before));

@@ -114,6 +114,23 @@ TEST_F(DaemonDeath, PoisonedModuleRefusesAPartOfAnotherTransactionAndTakesAllOfI
   EXPECT_TRUE(sut.step_allowed());
 }
 
+// Goal: the id that broke a module mends it only with the tensors that it wrote then.
+TEST_F(DaemonDeath, PoisonedModuleRefusesAPartOfTheTransactionThatBrokeIt) {
+  start_armed("writing.half=kill");
+  Engine sut = make_engine("flux", *target_);
+  die_at("writing.half", sut, {kWhole});
+  start();
+  must(sut.reconnect(soon()));
+  sut.bind_to_this_thread();
+  Trainer trainer = make_trainer(*source_);
+  RefitTarget part = kWhole;
+  part.selection = {"a"};
+  const auto refused = trainer.refit(part, soon(), with(id_));
+  EXPECT_EQ(code_of(refused), Errc::poisoned) << text_of(refused);
+  EXPECT_FALSE(sut.step_allowed());
+  EXPECT_TRUE(is_mix(*target_, *old_, *source_));
+}
+
 // Goal: poison outlives a second daemon that does nothing about it, and a restart of that one too.
 TEST_F(DaemonDeath, PoisonOutlivesDaemonsThatDoNotMendIt) {
   start_armed("writing.half=kill");
