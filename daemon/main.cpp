@@ -9,6 +9,7 @@
 #include "memory/sigbus_guard.hpp"
 #include "options.hpp"
 #include "server/server.hpp"
+#include "test_point.hpp"
 
 namespace {
 
@@ -59,6 +60,7 @@ Result<void> serve(const Options& options) {
       options.socket_path.empty() ? Listener::from_systemd() : Listener::bind(options.socket_path);
   if (!listener) return Unexpected(listener.error());
   REFIT_TRY_ASSIGN(auto server, Server::create(options, std::move(*listener)));
+  test_point("ready");
   return server->run();
 }
 

@@ -1,0 +1,284 @@
+#!/usr/bin/env python3
+"""refitd as a stranger gets it: installed into a Debian, started by a real systemd, used by unprivileged users.
+
+Usage: systemd_test.py --build-dir DIR        (as root)
+
+Goal: what docs/operations.md promises about the units is seen to happen. Method: one boot of a container
+(tests/support/systemd_container.py); the example's trainer and engine run in it as users of the group `refit`; each
+check prints the sentence that it saw. The first that fails ends the test, with the daemon's journal.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import pathlib
+import queue
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+sys.dont_write_bytecode = True
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "support"))
+from systemd_container import (  # noqa: E402
+    Container, Failure, debian_root, libraries_of, own_mount_namespace, packages_of, run)
+
+REPLY_S = 60
+WAIT_S = 60
+TEST_PROGRAMS = "/usr/local/libexec/refit-test"
+
+
+def expect(condition, text):
+    if not condition:
+        raise Failure(text)
+
+
+def eventually(condition, text):
+    deadline = time.monotonic() + WAIT_S
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.02)
+    raise Failure(f"not within {WAIT_S} s: {text}")
+
+
+class Peer:
+    """One of the example's programs, as a user in the container. Its events are kept in order."""
+
+    def __init__(self, container, program, user, *arguments, environment=None):
+        self.name = f"{program} of {user}"
+        self.errors = tempfile.TemporaryFile()
+        command = container.inside([f"{TEST_PROGRAMS}/{program}", "--model", "tiny", *arguments], user=user,
+                                   environment={"OMP_NUM_THREADS": "1", **(environment or {})})
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors)
+        self.events = queue.Queue()
+        self.kept = []
+        threading.Thread(target=self._read, daemon=True).start()
+        self.pid = self.expect("ready")["pid"]  # as the container counts
+
+    def _read(self):
+        for line in self.process.stdout:
+            self.events.put(json.loads(line))
+        self.events.put(None)
+
+    def fault(self, text):
+        self.errors.seek(0)
+        return Failure(f"{self.name}: {text}; stderr: {self.errors.read().decode(errors='replace')[-2000:]}")
+
+    def next(self):
+        try:
+            event = self.events.get(timeout=REPLY_S)
+        except queue.Empty:
+            raise self.fault(f"silent for {REPLY_S} s") from None
+        if event is None:
+            raise self.fault(f"ended with {self.process.wait()}")
+        self.kept.append(event)
+        return event
+
+    def expect(self, name, among=("gate",)):
+        """The next event that is not one of `among`; it must be `name`."""
+        while True:
+            event = self.next()
+            if event["event"] == name:
+                return event
+            if event["event"] not in among:
+                raise self.fault(f"{event} instead of {name!r}")
+
+    def send(self, command):
+        self.process.stdin.write((command + "\n").encode())
+        self.process.stdin.flush()
+
+    def ask(self, command, event=None):
+        self.send(command)
+        return self.expect(event or command)
+
+    def versions(self):
+        """What the engine's gate let in, in order."""
+        return [module["version"] for event in self.kept if event["event"] == "gate" for module in event["modules"]]
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=10)
+        self.process.kill()
+        self.process.wait()
+
+
+class Service:
+    """refitd.service, as systemctl and the journal tell of it."""
+
+    def __init__(self, container):
+        self.container = container
+
+    def show(self, name):
+        return self.container.run(["systemctl", "show", "--value", f"--property={name}", "refitd.service"]).strip()
+
+    def state(self):
+        return self.container.try_run(["systemctl", "is-active", "refitd.service"]).stdout.strip()
+
+    def systemctl(self, *words):
+        return self.container.run(["systemctl", *words])
+
+    def kill(self, name):
+        self.systemctl("kill", "--kill-whom=main", f"--signal={name}", "refitd.service")
+
+    def drop_in(self, *lines):
+        """Changes the unit until it is called again; without lines, back to what is installed."""
+        folder = pathlib.Path(self.container.root, "etc/systemd/system/refitd.service.d")
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "test.conf"
+        path.unlink(missing_ok=True)
+        if lines:
+            path.write_text("[Service]\n" + "".join(line + "\n" for line in lines))
+        self.systemctl("daemon-reload")
+
+    def journal(self, *matches):
+        """Entries of the unit, as fields."""
+        output = self.container.run(["journalctl", "--unit=refitd.service", "--output=json", "--no-pager", *matches])
+        return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+
+
+class SystemdTest:
+    def __init__(self, container, build_dir):
+        self.container = container
+        self.build_dir = build_dir
+        self.service = Service(container)
+
+    def saw(self, sentence):
+        print(f"saw: {sentence}", flush=True)
+
+    # ---- the container and what is in it
+
+    def install(self, programs):
+        root = self.container.root
+        run(["cmake", "--install", self.build_dir], env={**os.environ, "DESTDIR": root})
+        os.makedirs(root + TEST_PROGRAMS, exist_ok=True)
+        for program in programs:
+            shutil.copy(program, root + TEST_PROGRAMS)
+
+    def enable(self):
+        """The commands of docs/operations.md."""
+        run_inside = self.container.run
+        run_inside(["systemd-sysusers"])
+        run_inside(["ldconfig"])
+        run_inside(["systemctl", "daemon-reload"])
+        run_inside(["systemctl", "enable", "--now", "refitd.socket"])
+        for user in ("trainer", "engine"):
+            run_inside(["useradd", "--create-home", "--groups", "refit", user])
+        run_inside(["useradd", "--create-home", "stranger"])
+        expect(self.service.state() == "inactive", f"before any client the service is {self.service.state()}")
+        self.saw("the socket is enabled, the daemon is not running")
+
+    # ---- sentences
+
+    def stranger_is_refused(self):
+        done = self.container.try_run(["refitctl", "status"], user="stranger")
+        expect(done.returncode != 0 and "permission" in done.stdout.lower(),
+               f"a user outside the group got {done.returncode}: {done.stdout}")
+        expect(self.service.state() == "inactive", "a refused user started the daemon")
+        self.saw("a user who is not of the group is refused, and starts nothing")
+
+    def first_refit(self, trainer_user, engine_user):
+        self.engine = Peer(self.container, "dit_engine", engine_user)
+        self.trainer = Peer(self.container, "dit_trainer", trainer_user)
+        expect(self.service.state() == "active", f"after a client came the service is {self.service.state()}")
+        self.saw("socket activation: the first client started the daemon")
+        self.refit()
+        self.saw("trainer and engine, unprivileged, made a refit; their outputs are equal")
+
+    def refit(self):
+        """One optimizer step and one refit; the engine must compute what the trainer computes."""
+        self.trainer.ask("step")
+        version = self.trainer.ask("refit")["version"]
+        ours, theirs = self.trainer.ask("forward"), self.engine.ask("forward")
+        expect(ours["sha256"] == theirs["sha256"], f"after version {version} the outputs differ")
+        expect(theirs["version"] == version, f"the engine says version {theirs['version']}, not {version}")
+        return version
+
+    def sandbox_holds(self):
+        pid = self.service.show("MainPID")
+        status = dict(line.split(":\t", 1) for line in self.container.run(["cat", f"/proc/{pid}/status"]).splitlines()
+                      if ":\t" in line)
+        user = self.container.run(["id", "--user", "refitd"]).strip()
+        expect(set(status["Uid"].split()) == {user}, f"the daemon runs as uid {status['Uid']}, not as refitd ({user})")
+        for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
+            expect(int(status[name], 16) == 0, f"the daemon has capabilities: {name} {status[name]}")
+        expect(status["NoNewPrivs"].strip() == "1", "the daemon may gain privileges")
+        expect(status["Seccomp"].strip() == "2", "the daemon has no system call filter")
+        devices = set(self.container.run(["ls", f"/proc/{pid}/root/dev"]).split())
+        expect("null" in devices and not devices & {"tty0", "mem", "rtc0"}, f"the daemon's /dev has {devices}")
+        mounts = self.container.run(["cat", f"/proc/{pid}/mounts"]).splitlines()
+        root = next(line for line in mounts if line.split()[1] == "/")
+        expect("ro" in root.split()[3].split(","), f"the daemon's root is writable: {root}")
+        self.saw("the daemon runs as its own user, without capabilities, filtered, on a read-only root")
+
+    def readiness(self):
+        self.service.systemctl("stop", "refitd.service")
+        self.service.drop_in("ExecStart=", f"ExecStart={TEST_PROGRAMS}/refitd_test", "Environment=REFIT_POINT=ready=stop",
+                             "WatchdogSec=0")
+        self.service.systemctl("start", "--no-block", "refitd.service")
+        eventually(self.stopped_daemon, "the daemon stops itself before it says that it is ready")
+        expect(self.service.state() == "activating", f"before READY the service is {self.service.state()}")
+        self.service.kill("CONT")
+        eventually(lambda: self.service.state() == "active", "the service is active after READY")
+        self.service.drop_in()
+        self.service.systemctl("restart", "refitd.service")
+        self.saw("the unit is active only after the daemon said READY")
+
+    def stopped_daemon(self):
+        pid = self.service.show("MainPID")
+        if pid == "0":
+            return None
+        state = self.container.try_run(["cat", f"/proc/{pid}/stat"]).stdout
+        return re.search(r"\) T ", state)
+
+    def run(self):
+        self.stranger_is_refused()
+        self.first_refit("engine", "engine")
+        self.sandbox_holds()
+        self.trainer.close()
+        self.engine.close()
+        self.readiness()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--build-dir", required=True, type=pathlib.Path)
+    build_dir = parser.parse_args().build_dir.resolve()
+    container = Container()
+    test = SystemdTest(container, build_dir)
+    try:
+        for tool in ("debootstrap", "systemd-nspawn", "nsenter", "setpriv"):
+            expect(shutil.which(tool), f"no {tool} here; scripts/setup installs what this test needs")
+        expect(os.geteuid() == 0, "a container with systemd needs root; run this test as root, or with sudo")
+        installed = [build_dir / "daemon/refitd", build_dir / "client/refitctl/refitctl"]
+        programs = [build_dir / "examples/dit_trainer", build_dir / "examples/dit_engine", build_dir / "daemon/refitd_test"]
+        root = debian_root(packages_of(libraries_of(installed)))
+        own_mount_namespace()
+        container.overlay(root)
+        test.install(programs)
+        # libtorch is a gigabyte of packages: its files are shown, not installed.
+        borrowed = [path for path in libraries_of(programs) if not os.path.exists(container.root + path)]
+        container.boot(read_only=borrowed)
+        test.enable()
+        test.run()
+    except Failure as failure:
+        print(f"FAILED: {failure}", file=sys.stderr)
+        if container.leader is not None:
+            journal = container.try_run(["journalctl", "--no-pager", "--lines=60", "--output=short-precise"])
+            print(f"the container's journal ends:\n{journal.stdout}", file=sys.stderr)
+        return 1
+    finally:
+        container.close()
+    print("systemd: as expected")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
