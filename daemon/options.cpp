@@ -4,7 +4,6 @@
 #include <cstdio>
 
 #include "ipc/handshake.hpp"
-#include "memory/copy_kernels.hpp"
 #include "version.hpp"
 
 namespace refit::daemon {
@@ -12,10 +11,9 @@ namespace {
 
 std::string version_text() {
   char text[256];
-  std::snprintf(text, sizeof text,
-                "refitd %s\nprotocol %u, layout %016llx, copy kernel %s, CUDA off%s", kVersion,
+  std::snprintf(text, sizeof text, "refitd %s\nprotocol %u, layout %016llx, CUDA off%s", kVersion,
                 static_cast<unsigned>(kProtocolVersion),
-                static_cast<unsigned long long>(kLayoutHash), copy_kernel_name(),
+                static_cast<unsigned long long>(kLayoutHash),
 #ifdef REFIT_TEST_POINTS
                 ", test points on"
 #else

@@ -123,33 +123,35 @@ struct KernelTable {
   static constexpr std::size_t kCountMax = 6;
   CopyKernel kernels[kCountMax];
   std::size_t count = 0;
-  const CopyKernel* best = nullptr;
+  CopyCandidates candidates;
 
-  // In order of preference, worst first. Measured between populated tmpfs mappings, on one thread
-  // and on two: a prefetch 2 KiB ahead gains 5 to 15 % on an AMD EPYC of family 25 (Zen 4) and
-  // loses 10 % on one of family 26 (Zen 5); 512 bytes ahead gain nothing on either. The two widths
-  // are equal.
+  const CopyKernel& add(const CopyKernel& kernel) noexcept { return kernels[count++] = kernel; }
+  void propose(const CopyKernel& kernel) noexcept {
+    candidates.kernels[candidates.count++] = &kernel;
+  }
+
   KernelTable() noexcept {
-    kernels[count++] = {"memcpy", copy_memcpy, true, false};
+    const CopyKernel& plain = add({"memcpy", copy_memcpy, true});
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") != 0;
     const bool avx512 = __builtin_cpu_supports("avx512f") != 0;
+    // Measured between populated tmpfs mappings: 512 bytes ahead gain nothing anywhere.
     constexpr std::size_t kAheadBytes = 2048;
-    kernels[count++] = {"rep_movsb", copy_rep_movsb, true, false};
-    kernels[count++] = {"nt_avx512", copy_nt_avx512<0>, avx512, false};
-    kernels[count++] = {"nt_avx2", copy_nt_avx2<0>, avx2, false};
-    kernels[count++] = {"nt_avx512_prefetch", copy_nt_avx512<kAheadBytes>, avx512, true};
-    kernels[count++] = {"nt_avx2_prefetch", copy_nt_avx2<kAheadBytes>, avx2, true};
-    const bool prefetch_pays = __builtin_cpu_is("amdfam19h") != 0;
-#else
-    const bool prefetch_pays = false;
-#endif
-    best = &kernels[0];
-    if (REFIT_COPY_VISIBLE_TO_TSAN) return;
-    for (std::size_t i = 2; i < count; ++i) {
-      if (kernels[i].supported && (prefetch_pays || !kernels[i].prefetches)) best = &kernels[i];
+    const CopyKernel& rep = add({"rep_movsb", copy_rep_movsb, true});
+    const CopyKernel& nt512 = add({"nt_avx512", copy_nt_avx512<0>, avx512});
+    const CopyKernel& nt2 = add({"nt_avx2", copy_nt_avx2<0>, avx2});
+    const CopyKernel& ahead512 = add({"nt_avx512_prefetch", copy_nt_avx512<kAheadBytes>, avx512});
+    const CopyKernel& ahead2 = add({"nt_avx2_prefetch", copy_nt_avx2<kAheadBytes>, avx2});
+    if (avx2 && !REFIT_COPY_VISIBLE_TO_TSAN) {
+      // The two widths are equal.
+      propose(avx512 ? nt512 : nt2);
+      propose(avx512 ? ahead512 : ahead2);
+      propose(rep);
+      return;
     }
+#endif
+    propose(plain);
   }
 };
 
@@ -165,12 +167,12 @@ const CopyKernel* copy_kernels(std::size_t* count) noexcept {
   return table().kernels;
 }
 
+const CopyCandidates& copy_candidates() noexcept { return table().candidates; }
+
 void copy_bytes(void* target, const void* source, std::size_t bytes) noexcept {
   if (bytes < kNonTemporalBytesMin) return copy_memcpy(target, source, bytes);
-  table().best->copy(target, source, bytes);
+  table().candidates.kernels.front()->copy(target, source, bytes);
 }
-
-const char* copy_kernel_name() noexcept { return table().best->name; }
 
 void copy_fence() noexcept {
 #if defined(__x86_64__)

@@ -5,6 +5,7 @@
 // or SIGBUS. After non-temporal stores the bytes are ordered for other cores only by copy_fence().
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 
@@ -12,12 +13,11 @@ namespace refit {
 
 using CopyFunction = void (*)(void* target, const void* source, std::size_t bytes) noexcept;
 
-/// One way to copy, for the bench and the tests; everything else calls copy_bytes().
+/// One way to copy.
 struct CopyKernel {
   const char* name;
   CopyFunction copy;
-  bool supported;   ///< by this CPU and this kernel's saved registers
-  bool prefetches;  ///< reads ahead of itself, which pays on some CPUs and costs on others
+  bool supported;  ///< by this CPU and this kernel's saved registers
 };
 
 /// Runs below this many bytes are left to memcpy: their target lines are partly shared with the
@@ -28,11 +28,18 @@ inline constexpr std::size_t kNonTemporalBytesMin = 4096;
 /// storage, `count` entries.
 [[nodiscard]] const CopyKernel* copy_kernels(std::size_t* count) noexcept;
 
-/// Copies with the best kernel of this CPU. The ranges must not overlap; any alignment.
-void copy_bytes(void* target, const void* source, std::size_t bytes) noexcept;
+/// The kernels of which one wins on some machine or other; which, only a trial on it tells. All are
+/// supported here. The first is the best guess.
+struct CopyCandidates {
+  static constexpr std::size_t kCountMax = 3;
+  std::array<const CopyKernel*, kCountMax> kernels{};
+  std::size_t count = 0;
+};
+[[nodiscard]] const CopyCandidates& copy_candidates() noexcept;
 
-/// The name of the kernel that copy_bytes() takes for long runs.
-[[nodiscard]] const char* copy_kernel_name() noexcept;
+/// Copies with the first candidate, short runs with memcpy. The ranges must not overlap; any
+/// alignment.
+void copy_bytes(void* target, const void* source, std::size_t bytes) noexcept;
 
 /// Orders this thread's non-temporal stores before its next store; call it before telling anybody
 /// that bytes are there.

@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <climits>
 #include <csignal>
 #include <cstdio>
@@ -26,6 +27,8 @@
 namespace refit {
 namespace {
 
+using Clock = std::chrono::steady_clock;
+
 template <std::size_t kBytes>
 void copy_fixed_runs(std::byte* target, const std::byte* source, std::uint64_t count,
                      std::uint64_t target_stride, std::uint64_t source_stride) noexcept {
@@ -34,10 +37,19 @@ void copy_fixed_runs(std::byte* target, const std::byte* source, std::uint64_t c
   }
 }
 
+void copy_run(CopyFunction copy, std::byte* target, const std::byte* source,
+              std::uint64_t bytes) noexcept {
+  if (bytes < kNonTemporalBytesMin) {
+    std::memcpy(target, source, bytes);
+  } else {
+    copy(target, source, bytes);
+  }
+}
+
 // Whole runs of one innermost loop. Element-sized runs (a transposed tensor) are copied without a
 // call each.
-void copy_runs(std::byte* target, const std::byte* source, std::uint64_t run_bytes,
-               std::uint64_t count, std::uint64_t target_stride,
+void copy_runs(CopyFunction copy, std::byte* target, const std::byte* source,
+               std::uint64_t run_bytes, std::uint64_t count, std::uint64_t target_stride,
                std::uint64_t source_stride) noexcept {
   switch (run_bytes) {
     case 1:
@@ -54,15 +66,16 @@ void copy_runs(std::byte* target, const std::byte* source, std::uint64_t run_byt
       break;
   }
   for (std::uint64_t i = 0; i < count; ++i) {
-    copy_bytes(target + i * target_stride, source + i * source_stride, run_bytes);
+    copy_run(copy, target + i * target_stride, source + i * source_stride, run_bytes);
   }
 }
 
 // Copies payload bytes [position, position + bytes) of one op; `bytes` is at least 1 and stays
 // inside the op.
-void copy_part(const CopyOp& op, std::uint64_t position, std::uint64_t bytes) noexcept {
+void copy_part(CopyFunction copy, const CopyOp& op, std::uint64_t position,
+               std::uint64_t bytes) noexcept {
   if (op.loop_count == 0) {
-    copy_bytes(op.target + position, op.source + position, bytes);
+    copy_run(copy, op.target + position, op.source + position, bytes);
     return;
   }
   std::uint64_t run = position / op.run_bytes;
@@ -83,14 +96,14 @@ void copy_part(const CopyOp& op, std::uint64_t position, std::uint64_t bytes) no
     }
     if (run_offset != 0 || bytes < op.run_bytes) {
       const std::uint64_t part = std::min(bytes, op.run_bytes - run_offset);
-      copy_bytes(target + run_offset, source + run_offset, part);
+      copy_run(copy, target + run_offset, source + run_offset, part);
       bytes -= part;
       run_offset = 0;
       ++run;
       continue;
     }
     const std::uint64_t runs = std::min(inner.count - inner_index, bytes / op.run_bytes);
-    copy_runs(target, source, op.run_bytes, runs, inner.target_stride_bytes,
+    copy_runs(copy, target, source, op.run_bytes, runs, inner.target_stride_bytes,
               inner.source_stride_bytes);
     bytes -= runs * op.run_bytes;
     run += runs;
@@ -125,7 +138,7 @@ bool covers_current_op(const void* context, std::uintptr_t address) noexcept {
          span_covers(reinterpret_cast<std::uintptr_t>(op.target), target_bytes, address);
 }
 
-void copy_from(CurrentOp& current, std::uint32_t index, std::uint64_t position,
+void copy_from(CopyFunction copy, CurrentOp& current, std::uint32_t index, std::uint64_t position,
                std::uint64_t bytes) noexcept {
   for (; bytes > 0; ++index, position = 0) {
     const CopyOp& op = current.ops[index];
@@ -134,7 +147,7 @@ void copy_from(CurrentOp& current, std::uint32_t index, std::uint64_t position,
     current.index.store(index, std::memory_order_relaxed);
     // For the compiler only: the copy stays behind the store, as this thread's handler sees it.
     std::atomic_signal_fence(std::memory_order_seq_cst);
-    copy_part(op, position, part);
+    copy_part(copy, op, position, part);
     bytes -= part;
   }
 }
@@ -161,7 +174,8 @@ CopyOutcome copy_inline(const CopyOp* ops, std::size_t count) noexcept {
         auto& self = *static_cast<Body*>(context);
         for (std::size_t i = 0; i < self.count; ++i) {
           check_loops(self.current.ops[i]);
-          copy_from(self.current, static_cast<std::uint32_t>(i), 0, self.current.ops[i].bytes());
+          copy_from(copy_bytes, self.current, static_cast<std::uint32_t>(i), 0,
+                    self.current.ops[i].bytes());
         }
       },
       &body);
@@ -240,14 +254,15 @@ void CopyJob::prepare(const CopyOp* ops, std::size_t count, std::uint64_t chunk_
   close();
 }
 
-CopyOutcome CopyJob::work() noexcept {
+CopyOutcome CopyJob::work(KernelTrial& trial) noexcept {
   struct Body {
     CopyJob* job;
     CurrentOp* current;
+    KernelTrial* trial;
   };
   CurrentOp current;
   current.ops = ops_;
-  Body body{this, &current};
+  Body body{this, &current, &trial};
   const bool whole = run_guarded_if(
       covers_current_op, &current,
       [](void* context) {
@@ -259,7 +274,14 @@ CopyOutcome CopyJob::work() noexcept {
           const std::size_t index = job.next_chunk_.fetch_add(1, std::memory_order_relaxed);
           if (index >= job.chunks_.size()) return;
           const Chunk& chunk = job.chunks_[index];
-          copy_from(*self.current, chunk.op, chunk.position, chunk.bytes);
+          bool timed = false;
+          const CopyKernel& kernel = self.trial->next(chunk.bytes, timed);
+          const auto start = timed ? Clock::now() : Clock::time_point{};
+          copy_from(kernel.copy, *self.current, chunk.op, chunk.position, chunk.bytes);
+          if (!timed) continue;
+          copy_fence();
+          const auto took = std::chrono::nanoseconds(Clock::now() - start);
+          self.trial->record(kernel, chunk.bytes, static_cast<std::uint64_t>(took.count()));
         }
       },
       &body);
@@ -383,7 +405,7 @@ void CopyPool::serve() noexcept {
     CopyJob& job = *first_;
     ++job.active_threads_;
     lock.unlock();
-    const CopyOutcome outcome = job.work();
+    const CopyOutcome outcome = job.work(trial_);
     lock.lock();
     if (outcome.status != CopyStatus::ok && job.outcome_.status == CopyStatus::ok) {
       job.outcome_ = outcome;

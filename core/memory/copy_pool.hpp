@@ -15,6 +15,7 @@
 #include <thread>
 #include <vector>
 
+#include "memory/kernel_trial.hpp"
 #include "refit/result.hpp"
 
 namespace refit {
@@ -97,7 +98,7 @@ class CopyJob {
   };
 
   // Takes chunks until none is left or this thread faults.
-  [[nodiscard]] CopyOutcome work() noexcept;
+  [[nodiscard]] CopyOutcome work(KernelTrial& trial) noexcept;
 
   const CopyOp* ops_ = nullptr;
   std::vector<Chunk> chunks_;
@@ -132,6 +133,10 @@ class CopyPool {
   /// Allocates nothing; at most one system call.
   void submit(CopyJob& job) noexcept;
 
+  /// The name of the kernel that long runs are copied with: the best guess until enough was copied
+  /// to know.
+  [[nodiscard]] const char* kernel_name() const noexcept { return trial_.chosen().name; }
+
   [[nodiscard]] unsigned thread_count() const noexcept {
     return static_cast<unsigned>(threads_.size());
   }
@@ -154,6 +159,8 @@ class CopyPool {
   // The futex word that idle threads sleep on. Changed under the mutex; read by the kernel outside
   // it.
   std::atomic<std::uint32_t> wakeups_{0};
+
+  KernelTrial trial_;
 
   std::vector<std::thread> threads_;
   unsigned pinned_count_ = 0;

@@ -3,7 +3,6 @@
 #include <unistd.h>
 
 #include "ipc/state_word.hpp"
-#include "memory/copy_kernels.hpp"
 #include "version.hpp"
 
 namespace refit::daemon {
@@ -37,7 +36,7 @@ void reply_status(Replies& replies, Session& asker, std::uint64_t request_id,
     }
   }
   const auto version = fbb.CreateString(kVersion);
-  const auto kernel = fbb.CreateString(copy_kernel_name());
+  const auto kernel = fbb.CreateString(facts.copy_kernel);
   const auto socket = fbb.CreateString(facts.socket);
   const auto session_list = fbb.CreateVector(sessions);
   const auto module_list = fbb.CreateVector(modules);

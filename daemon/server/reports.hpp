@@ -12,6 +12,7 @@ struct DaemonFacts {
   std::uint64_t uptime_us = 0;
   std::uint64_t refits = 0;
   unsigned copy_threads = 0;
+  const char* copy_kernel = "";
   std::string socket;
   Waiting waiting = Waiting::adaptive;
   bool draining = false;

@@ -15,7 +15,6 @@
 
 #include "ipc/handshake.hpp"
 #include "ipc/waiting.hpp"
-#include "memory/copy_kernels.hpp"
 #include "server/reports.hpp"
 #include "spdlog/spdlog.h"
 
@@ -202,9 +201,9 @@ Server::~Server() {
 Result<void> Server::run() {
   sd_notifyf(0, "READY=1\nSTATUS=Serving %s",
              listener_.path().empty() ? "systemd's socket" : listener_.path().c_str());
-  spdlog::info("serving {} (waiting {}, {} copy threads, kernel {})",
+  spdlog::info("serving {} (waiting {}, {} copy threads)",
                listener_.path().empty() ? "systemd's socket" : listener_.path(),
-               waiting_name(options_.waiting), copy_pool_->thread_count(), copy_kernel_name());
+               waiting_name(options_.waiting), copy_pool_->thread_count());
   const bool never_block = options_.waiting == Waiting::always;
   std::uint32_t turns = 0;
   for (;;) {
@@ -578,7 +577,8 @@ void Server::dispatch(Session& session, const Session::Request& request) {
         const auto uptime = std::chrono::duration_cast<std::chrono::microseconds>(now - started_);
         reply_status(replies_, session, request.id, registry_,
                      {static_cast<std::uint64_t>(uptime.count()), refits_->committed_count(),
-                      copy_pool_->thread_count(), listener_.path(), options_.waiting, draining_});
+                      copy_pool_->thread_count(), copy_pool_->kernel_name(), listener_.path(),
+                      options_.waiting, draining_});
       });
     case wire::Opcode::tensors:
       return with_message<wire::TensorsQuery>(session, request, [&](const auto& message) {
