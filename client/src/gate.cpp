@@ -4,7 +4,7 @@
 
 namespace refit {
 
-void Gate::attach(Session* session) {
+void Gate::attach(Regions* session) {
   const std::lock_guard lock(mutex_);
   session_ = session;
   answered_epoch_ = 0;

@@ -11,10 +11,10 @@
 #include <string>
 #include <vector>
 
+#include "held_state.hpp"
 #include "ipc/state_word.hpp"
 #include "refit/engine.hpp"
-#include "requests.hpp"
-#include "session.hpp"
+#include "regions.hpp"
 
 namespace refit {
 
@@ -22,7 +22,7 @@ class Gate {
  public:
   /// Starts over with a new session: no epoch has been answered, every module must be registered
   /// again.
-  void attach(Session* session);
+  void attach(Regions* session);
   /// The session is over and its daemon cannot write any more: keeps what the state words said
   /// last.
   void detach();
@@ -87,7 +87,7 @@ class Gate {
   /// Guards session_ and slots_ against the readers of other threads; the engine's own thread alone
   /// changes them.
   mutable std::mutex mutex_;
-  Session* session_ = nullptr;
+  Regions* session_ = nullptr;
   std::vector<Slot> slots_;
   std::uint64_t answered_epoch_ = 0;
   std::uint8_t answered_flags_ = 0;

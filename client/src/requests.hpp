@@ -1,19 +1,12 @@
 // The messages that more than one kind of client sends: registration, check and digest.
 #pragma once
 
+#include "held_state.hpp"
 #include "refit/checker.hpp"
 #include "refit/module.hpp"
 #include "session.hpp"
 
 namespace refit {
-
-/// What an engine says of a module that it registers again.
-struct HeldState {
-  std::uint64_t version = 0;
-  TransactionId transaction;
-  bool poisoned = false;
-  std::uint64_t selection = 0;  ///< which tensors `transaction` wrote, as the state word named them
-};
 
 /// Sends the regions' fds and the manifest; returns the module's slot among the state words.
 Result<std::uint32_t> register_module(Session& session, const ModuleSpec& module,

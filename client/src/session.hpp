@@ -25,6 +25,7 @@
 #include "ipc/wire.hpp"
 #include "refit/connection.hpp"
 #include "refit/result.hpp"
+#include "regions.hpp"
 
 namespace refit {
 
@@ -43,22 +44,7 @@ class Pump {
 /// What a call waits for: `brief` work is read for before blocking, `long_running` blocks at once.
 enum class Expect { brief, long_running };
 
-/// While it lives, the daemon need not ring: this side reads by itself. Whoever blocks afterwards
-/// looks once more first.
-class Awake {
- public:
-  explicit Awake(RequestRegion& region) noexcept : region_(region) {
-    region_.client_awake.store(1);  // pairs with the load in the daemon's Session::wake_client
-  }
-  ~Awake() { region_.client_awake.store(0); }
-  Awake(const Awake&) = delete;
-  Awake& operator=(const Awake&) = delete;
-
- private:
-  RequestRegion& region_;
-};
-
-class Session {
+class Session : public Regions {
  public:
   static Result<std::unique_ptr<Session>> connect(Role role, const std::string& name,
                                                   const ConnectOptions& options, Deadline deadline);
@@ -84,12 +70,6 @@ class Session {
 
   /// Sends `fd` to the daemon and returns the ticket that names it.
   Result<std::uint64_t> send_fd(int fd, Deadline deadline);
-
-  [[nodiscard]] RequestRegion& request_region() noexcept { return *request_; }
-  [[nodiscard]] const ResponseRegion& response_region() const noexcept { return *response_; }
-  void ring_daemon() const noexcept {
-    if (response_->daemon_awake.load() == 0) daemon_doorbell_.ring();
-  }
 
   [[nodiscard]] Waiting waiting() const noexcept { return waiting_; }
   [[nodiscard]] int doorbell_fd() const noexcept { return client_doorbell_.fd(); }
@@ -121,12 +101,9 @@ class Session {
 
   UniqueFd socket_;
   UniqueFd daemon_pidfd_;
-  Doorbell daemon_doorbell_;
   Doorbell client_doorbell_;
   Mapping request_mapping_;
   Mapping response_mapping_;
-  RequestRegion* request_ = nullptr;
-  const ResponseRegion* response_ = nullptr;
   std::unique_ptr<RingProducer> requests_;
   std::unique_ptr<RingConsumer> replies_;
   Arena arena_;

@@ -6,7 +6,6 @@
 // used.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <iterator>
@@ -19,7 +18,7 @@ class RingProducer {
  public:
   /// @param tail   this side's position, in the region that this side writes.
   /// @param head   the peer's position, in the region that the peer writes.
-  RingProducer(std::atomic<std::uint64_t>& tail, const std::atomic<std::uint64_t>& head,
+  RingProducer(SharedWord<std::uint64_t>& tail, const SharedWord<std::uint64_t>& head,
                Descriptor* slots) noexcept
       : tail_(&tail), head_(&head), slots_(slots), position_(tail.load()) {}
 
@@ -43,15 +42,15 @@ class RingProducer {
   }
 
  private:
-  std::atomic<std::uint64_t>* tail_;
-  const std::atomic<std::uint64_t>* head_;
+  SharedWord<std::uint64_t>* tail_;
+  const SharedWord<std::uint64_t>* head_;
   Descriptor* slots_;
   std::uint64_t position_;
 };
 
 class RingConsumer {
  public:
-  RingConsumer(const std::atomic<std::uint64_t>& tail, std::atomic<std::uint64_t>& head,
+  RingConsumer(const SharedWord<std::uint64_t>& tail, SharedWord<std::uint64_t>& head,
                const Descriptor* slots) noexcept
       : tail_(&tail), head_(&head), slots_(slots), position_(head.load()) {}
 
@@ -87,8 +86,8 @@ class RingConsumer {
     std::memcpy(&out, words, sizeof out);
   }
 
-  const std::atomic<std::uint64_t>* tail_;
-  std::atomic<std::uint64_t>* head_;
+  const SharedWord<std::uint64_t>* tail_;
+  SharedWord<std::uint64_t>* head_;
   const Descriptor* slots_;
   std::uint64_t position_;
 };

@@ -12,6 +12,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "ipc/shared_word.hpp"
+
 namespace refit {
 
 inline constexpr std::uint32_t kRingSlots = 64;
@@ -36,39 +38,39 @@ struct Descriptor {
 
 /// What a transaction did to a module: valid while the module's word points at it.
 struct ModuleRecord {
-  std::atomic<std::uint64_t> transaction_high;
-  std::atomic<std::uint64_t> transaction_low;
-  std::atomic<std::uint64_t> version;
-  std::atomic<std::uint64_t> selection;  ///< XXH3-64 of the names of the tensors that it writes
+  SharedWord<std::uint64_t> transaction_high;
+  SharedWord<std::uint64_t> transaction_low;
+  SharedWord<std::uint64_t> version;
+  SharedWord<std::uint64_t> selection;  ///< XXH3-64 of the names of the tensors that it writes
 };
 
 /// The state word of one module and the two records that it switches between (see
 /// ipc/state_word.hpp).
 struct alignas(128) ModuleBlock {
-  std::atomic<std::uint64_t> word;
+  SharedWord<std::uint64_t> word;
   std::uint64_t reserved[7];
   ModuleRecord records[2];
 };
 
 struct RequestRegion {
-  alignas(64) std::atomic<std::uint64_t> request_tail;   ///< client's producer position
-  alignas(64) std::atomic<std::uint64_t> response_head;  ///< client's consumer position
-  alignas(64) std::atomic<std::uint32_t> client_awake;   ///< 1: the client reads by itself, no
-                                                         ///< doorbell needed
-  alignas(64) std::atomic<std::uint64_t> gate_answer;    ///< engine: {epoch, ready | withdrawn}
+  alignas(64) SharedWord<std::uint64_t> request_tail;   ///< client's producer position
+  alignas(64) SharedWord<std::uint64_t> response_head;  ///< client's consumer position
+  alignas(64) SharedWord<std::uint32_t> client_awake;   ///< 1: the client reads by itself, no
+                                                        ///< doorbell needed
+  alignas(64) SharedWord<std::uint64_t> gate_answer;    ///< engine: {epoch, ready | withdrawn}
   /// Requests up to this id were given up by the client (its deadline passed).
-  alignas(64) std::atomic<std::uint64_t> abandoned_request;
+  alignas(64) SharedWord<std::uint64_t> abandoned_request;
   alignas(64) Descriptor requests[kRingSlots];
   alignas(4096) std::byte arena[1];  ///< the rest of the region
 };
 
 struct ResponseRegion {
-  alignas(64) std::atomic<std::uint64_t> response_tail;  ///< daemon's producer position
-  alignas(64) std::atomic<std::uint64_t> request_head;   ///< daemon's consumer position
-  alignas(64) std::atomic<std::uint32_t> daemon_awake;   ///< 1: the daemon reads by itself, no
-                                                         ///< doorbell needed
-  alignas(
-      64) std::atomic<std::uint64_t> gate;  ///< engine: {epoch, flags, closed | prepare | released}
+  alignas(64) SharedWord<std::uint64_t> response_tail;  ///< daemon's producer position
+  alignas(64) SharedWord<std::uint64_t> request_head;   ///< daemon's consumer position
+  alignas(64) SharedWord<std::uint32_t> daemon_awake;   ///< 1: the daemon reads by itself, no
+                                                        ///< doorbell needed
+  alignas(64)
+      SharedWord<std::uint64_t> gate;  ///< engine: {epoch, flags, closed | prepare | released}
   alignas(128) ModuleBlock modules[kModulesMax];
   alignas(64) Descriptor responses[kRingSlots];
   alignas(4096) std::byte payload[1];  ///< the rest of the region

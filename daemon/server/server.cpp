@@ -394,6 +394,12 @@ Result<void> Server::watch(const std::shared_ptr<Session>& session) {
                   one.server->on_doorbell(one);
                   return 0;
                 }));
+  // Not by ringing it: the client could make that block. Re-arming an edge that is still readable
+  // is as good.
+  session->ring_myself = [one = session.get()] {
+    if (!one->sources.empty())
+      sd_event_source_set_io_events(one->sources.front().get(), EPOLLIN | EPOLLET);
+  };
   REFIT_TRY(add(session->socket.get(), EPOLLIN | EPOLLRDHUP,
                 [](sd_event_source*, int, std::uint32_t events, void* self) {
                   auto& one = *static_cast<Session*>(self);

@@ -41,26 +41,20 @@ Result<std::shared_ptr<Session>> Session::open(std::uint64_t id, UniqueFd socket
                                                PeerCredentials peer, UniqueFd pidfd, Role role,
                                                std::string name, Waiting daemon_waiting,
                                                int daemon_pidfd) {
-  std::shared_ptr<Session> session(new Session);
+  UniqueFd request_fd;
+  UniqueFd response_fd;
+  REFIT_TRY_ASSIGN(auto memory, make_memory(request_fd, response_fd));
+  REFIT_TRY_ASSIGN(Doorbell daemon_doorbell, Doorbell::create());
+  daemon_doorbell.ring();  // never read, so that ring_myself() finds it rung
+  UniqueFd client_bell;
+  REFIT_TRY_ASSIGN(Doorbell client_doorbell, Doorbell::create_for_peer(client_bell));
+  auto session = over(std::move(memory), std::move(daemon_doorbell), std::move(client_doorbell));
   session->id = id;
   session->role = role;
   session->name = std::move(name);
   session->peer = peer;
   session->pidfd = std::move(pidfd);
-  UniqueFd request_fd;
-  UniqueFd response_fd;
-  REFIT_TRY_ASSIGN(session->memory, make_memory(request_fd, response_fd));
-  REFIT_TRY_ASSIGN(session->daemon_doorbell_, Doorbell::create());
-  session->daemon_doorbell_.ring();  // never read, so that ring_myself() finds it rung
-  UniqueFd client_bell;
-  REFIT_TRY_ASSIGN(session->client_doorbell_, Doorbell::create_for_peer(client_bell));
-  const RequestRegion& request = session->memory->request_region();
-  ResponseRegion& response = session->memory->response_region();
-  session->requests_ =
-      std::make_unique<RingConsumer>(request.request_tail, response.request_head, request.requests);
-  session->replies_ = std::make_unique<RingProducer>(response.response_tail, request.response_head,
-                                                     response.responses);
-  if (daemon_waiting == Waiting::always) response.daemon_awake.store(1);
+  if (daemon_waiting == Waiting::always) session->memory->response_region().daemon_awake.store(1);
 
   flatbuffers::FlatBufferBuilder fbb;
   fbb.Finish(wire::CreateWelcome(fbb, id, kRequestRegionBytes, kResponseRegionBytes,
@@ -75,6 +69,21 @@ Result<std::shared_ptr<Session>> Session::open(std::uint64_t id, UniqueFd socket
   REFIT_TRY(send_message(socket.get(), SocketMessage::welcome, fbb.GetBufferPointer(),
                          fbb.GetSize(), fds, kWelcomeFdCount));
   session->socket = std::move(socket);
+  return session;
+}
+
+std::shared_ptr<Session> Session::over(std::shared_ptr<SessionMemory> memory,
+                                       Doorbell daemon_doorbell, Doorbell client_doorbell) {
+  std::shared_ptr<Session> session(new Session);
+  session->memory = std::move(memory);
+  session->daemon_doorbell_ = std::move(daemon_doorbell);
+  session->client_doorbell_ = std::move(client_doorbell);
+  const RequestRegion& request = session->memory->request_region();
+  ResponseRegion& response = session->memory->response_region();
+  session->requests_ =
+      std::make_unique<RingConsumer>(request.request_tail, response.request_head, request.requests);
+  session->replies_ = std::make_unique<RingProducer>(response.response_tail, request.response_head,
+                                                     response.responses);
   return session;
 }
 

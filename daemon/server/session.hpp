@@ -6,12 +6,12 @@
 // a session through SessionMemory and Registration.
 #pragma once
 
-#include <sys/epoll.h>
 #include <sys/types.h>
 #include <systemd/sd-event.h>
 
 #include <array>
 #include <chrono>
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -25,11 +25,11 @@
 #include "ipc/wire.hpp"
 #include "plan/manifest.hpp"
 #include "refit/result.hpp"
+#include "server/clock.hpp"
 
 namespace refit::daemon {
 
 class Server;
-using Clock = std::chrono::steady_clock;
 
 struct PeerCredentials {
   uid_t uid = 0;
@@ -111,6 +111,10 @@ class Session {
                                                std::string name, Waiting daemon_waiting,
                                                int daemon_pidfd);
 
+  /// A session over regions and doorbells that are there already.
+  static std::shared_ptr<Session> over(std::shared_ptr<SessionMemory> memory,
+                                       Doorbell daemon_doorbell, Doorbell client_doorbell);
+
   /// "engine flux (session 3, pid 812)", for messages and logs.
   [[nodiscard]] std::string label() const;
 
@@ -166,11 +170,8 @@ class Session {
 
   Server* server = nullptr;  ///< whose loop the sources belong to
   bool spins = false;        ///< its client waits in mode `always`
-  /// Another edge for this session's own doorbell. Not by ringing it: the client could make that
-  /// block. Re-arming an edge that is still readable is as good.
-  void ring_myself() const noexcept {
-    if (!sources.empty()) sd_event_source_set_io_events(sources.front().get(), EPOLLIN | EPOLLET);
-  }
+  /// Another edge for this session's own doorbell, from the loop that watches it.
+  std::function<void()> ring_myself;
   [[nodiscard]] int daemon_doorbell_fd() const noexcept { return daemon_doorbell_.fd(); }
 
  private:

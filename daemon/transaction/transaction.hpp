@@ -17,8 +17,8 @@ namespace refit::daemon {
 /// One engine's gate as the daemon sees it. `epoch` is the engine's own counter and grows with
 /// every prepare.
 struct GateEndpoint {
-  std::atomic<std::uint64_t>* gate = nullptr;          ///< in the response region
-  const std::atomic<std::uint64_t>* answer = nullptr;  ///< in the request region
+  SharedWord<std::uint64_t>* gate = nullptr;          ///< in the response region
+  const SharedWord<std::uint64_t>* answer = nullptr;  ///< in the request region
   std::uint64_t* epoch = nullptr;
 };
 
