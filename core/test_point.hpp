@@ -2,11 +2,14 @@
 // build.
 //
 // A point is armed by REFIT_POINT="name=action" in the environment: kill (SIGKILL itself), stop
-// (SIGSTOP itself, once) or skip (test_point returns true: the caller leaves its next act out). A
-// test proves that a point was hit by the process's death or stop, or by the wrong bytes.
+// (SIGSTOP itself, once), hang (the calling thread never goes on) or skip (test_point returns true:
+// the caller leaves its next act out). A test proves that a point was hit by the process's death or
+// stop, or by the wrong bytes.
 #pragma once
 
 #ifdef REFIT_TEST_POINTS
+
+#include <unistd.h>
 
 #include <csignal>
 #include <cstdlib>
@@ -27,6 +30,7 @@ inline bool test_point(std::string_view name) {
     stopped = true;
     ::kill(::getpid(), SIGSTOP);
   }
+  while (action == "hang") ::pause();
   return action == "skip";
 }
 

@@ -1,11 +1,10 @@
 // refitd: wires the daemon together and runs it in the foreground.
 
-#include <spdlog/sinks/stdout_sinks.h>
-#include <spdlog/spdlog.h>
 #include <sys/resource.h>
 
 #include <csignal>
 
+#include "log.hpp"
 #include "memory/sigbus_guard.hpp"
 #include "options.hpp"
 #include "server/server.hpp"
@@ -25,13 +24,6 @@ int exit_code_of(const Error& error) {
     default:
       return error.native == EACCES || error.native == EPERM ? kExitPermission : kExitFailure;
   }
-}
-
-/// Lines with a <priority> prefix, which the journal understands and a terminal can bear.
-void set_up_log() {
-  auto logger = spdlog::stderr_logger_mt("refitd");
-  logger->set_pattern("refitd: %v");
-  spdlog::set_default_logger(logger);
 }
 
 /// Signals become events of the loop; blocked before any thread exists, so that none can take them.
@@ -69,12 +61,12 @@ Result<void> serve(const Options& options) {
 int main(int argc, char** argv) {
   const ParsedOptions parsed = parse_options(argc, argv);
   if (parsed.exit_code >= 0) return parsed.exit_code;
-  set_up_log();
   block_signals();
   raise_file_limit();
   const Result<void> outcome = serve(parsed.options);
   if (!outcome) {
-    spdlog::error("{}", outcome.error().to_string());
+    log(LogEvent::failed, outcome.error().to_string(),
+        {.errc = outcome.error().code, .native = outcome.error().native});
     return exit_code_of(outcome.error());
   }
   return kExitOk;

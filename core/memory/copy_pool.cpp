@@ -331,7 +331,8 @@ Result<void> CopyPool::start(unsigned threads) {
   int thread_error = 0;
   try {
     threads_.reserve(threads);
-    for (unsigned i = 0; i < threads; ++i) threads_.emplace_back([this] { serve(); });
+    beats_ = std::make_unique<Heartbeat[]>(threads);
+    for (unsigned i = 0; i < threads; ++i) threads_.emplace_back([this, i] { serve(beats_[i]); });
   } catch (const std::system_error& error) {
     thread_error = error.code().value();
   }
@@ -390,7 +391,7 @@ void CopyPool::submit(CopyJob& job) noexcept {
   if (wake > 0) futex(wakeups_, FUTEX_WAKE, wake);
 }
 
-void CopyPool::serve() noexcept {
+void CopyPool::serve(Heartbeat& beat) noexcept {
   std::unique_lock lock(mutex_);
   for (;;) {
     while (first_ == nullptr) {
@@ -405,6 +406,7 @@ void CopyPool::serve() noexcept {
     CopyJob& job = *first_;
     ++job.active_threads_;
     lock.unlock();
+    beat.job_begins();
     const CopyOutcome outcome = job.work(trial_);
     lock.lock();
     if (outcome.status != CopyStatus::ok && job.outcome_.status == CopyStatus::ok) {
@@ -417,12 +419,16 @@ void CopyPool::serve() noexcept {
       if (first_ == nullptr) last_ = nullptr;
       job.queued_ = false;
     }
-    if (--job.active_threads_ > 0) continue;
+    if (--job.active_threads_ > 0) {
+      beat.job_ends();
+      continue;
+    }
     const CopyOutcome final_outcome = job.outcome_;
     const CopyJob::Done done = job.done_;
     void* const done_context = job.done_context_;
     lock.unlock();
     done(done_context, final_outcome);
+    beat.job_ends();
     lock.lock();
   }
 }

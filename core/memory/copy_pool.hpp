@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "memory/kernel_trial.hpp"
+#include "posix/heartbeat.hpp"
 #include "refit/result.hpp"
 
 namespace refit {
@@ -145,11 +146,15 @@ class CopyPool {
   /// errno of the first pinning that failed (EPERM in a sandbox, EINVAL when the mask shrank); 0 if
   /// none.
   [[nodiscard]] int pin_error() const noexcept { return pin_error_; }
+  /// How far thread `index` is, for whoever watches that it gets on.
+  [[nodiscard]] WorkerReading read_worker(unsigned index) noexcept {
+    return beats_[index].read(threads_[index].native_handle());
+  }
 
  private:
   CopyPool() = default;
   Result<void> start(unsigned threads);
-  void serve() noexcept;
+  void serve(Heartbeat& beat) noexcept;
 
   std::mutex mutex_;
   CopyJob* first_ = nullptr;  // the only job that threads may enter; the rest follow by next_
@@ -162,6 +167,7 @@ class CopyPool {
 
   KernelTrial trial_;
 
+  std::unique_ptr<Heartbeat[]> beats_;  // one for each thread
   std::vector<std::thread> threads_;
   unsigned pinned_count_ = 0;
   int pin_error_ = 0;

@@ -9,8 +9,10 @@ namespace refit::daemon {
 
 BackgroundPool::BackgroundPool(unsigned threads, CompletionQueue& completions)
     : completions_(completions) {
-  for (unsigned i = 0; i < std::max(1U, threads); ++i) {
-    threads_.emplace_back([this] { serve(); });
+  threads = std::max(1U, threads);
+  beats_ = std::make_unique<Heartbeat[]>(threads);
+  for (unsigned i = 0; i < threads; ++i) {
+    threads_.emplace_back([this, i] { serve(beats_[i]); });
     ::pthread_setname_np(threads_.back().native_handle(),
                          ("refit-back-" + std::to_string(i)).c_str());
   }
@@ -43,7 +45,7 @@ void BackgroundPool::submit(std::unique_ptr<BackgroundJob> job, Priority priorit
   work_.notify_all();
 }
 
-void BackgroundPool::serve() {
+void BackgroundPool::serve(Heartbeat& beat) {
   std::unique_lock lock(mutex_);
   for (;;) {
     work_.wait(lock, [this] { return stopping_ || !jobs_.empty(); });
@@ -52,7 +54,9 @@ void BackgroundPool::serve() {
     const std::size_t part = job->next_part_++;
     if (job->next_part_ == job->part_count_) jobs_.pop_front();
     lock.unlock();
+    beat.job_begins();
     job->run_part(part);
+    beat.job_ends();
     lock.lock();
     if (++job->parts_done_ == job->part_count_) completions_.push(*job);
   }

@@ -13,6 +13,7 @@
 #include <thread>
 #include <vector>
 
+#include "posix/heartbeat.hpp"
 #include "server/completion.hpp"
 
 namespace refit::daemon {
@@ -44,14 +45,23 @@ class BackgroundPool {
   enum class Priority { first, last };
   void submit(std::unique_ptr<BackgroundJob> job, Priority priority);
 
+  [[nodiscard]] unsigned thread_count() const noexcept {
+    return static_cast<unsigned>(threads_.size());
+  }
+  /// How far thread `index` is, for whoever watches that it gets on.
+  [[nodiscard]] WorkerReading read_worker(unsigned index) noexcept {
+    return beats_[index].read(threads_[index].native_handle());
+  }
+
  private:
-  void serve();
+  void serve(Heartbeat& beat);
 
   CompletionQueue& completions_;
   std::mutex mutex_;
   std::condition_variable work_;
   std::deque<BackgroundJob*> jobs_;  ///< jobs with parts that nobody has taken
   bool stopping_ = false;
+  std::unique_ptr<Heartbeat[]> beats_;  ///< one for each thread
   std::vector<std::thread> threads_;
 
   static void finish(Completion& completion);

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "ipc/waiting.hpp"
+#include "log.hpp"
 #include "server/several.hpp"
 #include "test_point.hpp"
 
@@ -378,6 +379,7 @@ void Refits::write(Refit& refit) {
     target.plan->job.on_done(
         [](void* context, CopyOutcome outcome) {
           auto& self = *static_cast<Refit*>(context);
+          test_point("copy.ended");
           if (outcome.status != CopyStatus::ok) self.faulted.store(true);
           if (self.jobs_left.fetch_sub(1) == 1) self.owner.completions_.push(self);
         },
@@ -394,12 +396,15 @@ void Refits::copied(Refit& refit) {
     refit.transaction.poison();
     refit.transaction.release();
     wake_engines(refit);
-    return fail_refit(refit, {Errc::memory_fault,
-                              0,
-                              refit.targets.front().plan->target->manifest->label() +
-                                  ": client memory faulted (SIGBUS) while it was copied; the "
-                                  "target is poisoned until a refit commits",
-                              {}});
+    const std::string text = refit.targets.front().plan->target->manifest->label() +
+                             ": client memory faulted (SIGBUS) while it was copied; the target is "
+                             "poisoned until a refit commits";
+    LogFields fields = fields_of(*refit.engines.front());
+    fields.module = refit.targets.front().module->name;
+    fields.transaction = refit.transaction.id().to_string();
+    fields.errc = Errc::memory_fault;
+    log(LogEvent::memory_faulted, text, fields);
+    return fail_refit(refit, {Errc::memory_fault, 0, text, {}});
   }
   refit.transaction.commit();
   test_point("transaction.committed");

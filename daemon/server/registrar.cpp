@@ -84,8 +84,8 @@ constexpr std::size_t kRegionsPerSessionMax = 512;
 
 void Registrar::close_later(std::vector<UniqueFd> fds) {
   if (fds.empty()) return;
-  background_.submit(std::make_unique<DropJob<std::vector<UniqueFd>>>(std::move(fds)),
-                     BackgroundPool::Priority::first);
+  closers_.submit(std::make_unique<DropJob<std::vector<UniqueFd>>>(std::move(fds)),
+                  BackgroundPool::Priority::first);
 }
 
 void Registrar::drop_later(std::shared_ptr<Registration> registration) {

@@ -17,8 +17,14 @@ namespace refit::daemon {
 
 class Registrar {
  public:
-  Registrar(Registry& registry, Replies& replies, Scheduler& scheduler, BackgroundPool& background)
-      : registry_(registry), replies_(replies), scheduler_(scheduler), background_(background) {}
+  /// `closers`: for fds of unknown kind, whose close a client may be able to block for ever.
+  Registrar(Registry& registry, Replies& replies, Scheduler& scheduler, BackgroundPool& background,
+            BackgroundPool& closers)
+      : registry_(registry),
+        replies_(replies),
+        scheduler_(scheduler),
+        background_(background),
+        closers_(closers) {}
 
   /// Reads tickets that may still wait on the session's socket.
   std::function<void(Session&)> drain_tickets;
@@ -53,6 +59,7 @@ class Registrar {
   Replies& replies_;
   Scheduler& scheduler_;
   BackgroundPool& background_;
+  BackgroundPool& closers_;
   std::uint64_t next_generation_ = 1;
 };
 

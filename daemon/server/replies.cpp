@@ -1,5 +1,9 @@
 #include "server/replies.hpp"
 
+#include <utility>
+
+#include "log.hpp"
+
 namespace refit::daemon {
 
 void Replies::send(Session& session, std::uint64_t request_id, wire::Body type,
@@ -15,6 +19,13 @@ void Replies::send(Session& session, std::uint64_t request_id, wire::Body type,
 }
 
 void Replies::send_error(Session& session, std::uint64_t request_id, const Error& error) {
+  if ((error.code == Errc::permission || error.code == Errc::quota) &&
+      !std::exchange(session.denial_logged, true)) {
+    LogFields fields = fields_of(session);
+    fields.errc = error.code;
+    log(LogEvent::request_denied, session.label_and_uid() + " was denied: " + error.message,
+        fields);
+  }
   // A list that is too long for one message is cut with its count, not dropped.
   constexpr std::size_t kDetailBytesMax = kPayloadBytesMax / 2;
   auto& fbb = builder();

@@ -15,8 +15,8 @@
 
 #include "ipc/handshake.hpp"
 #include "ipc/waiting.hpp"
+#include "log.hpp"
 #include "server/reports.hpp"
-#include "spdlog/spdlog.h"
 
 #ifndef SO_PEERPIDFD
 #define SO_PEERPIDFD 77
@@ -58,6 +58,14 @@ Result<PeerCredentials> peer_of(int socket, UniqueFd& pidfd) {
   }
   if (!pidfd) return fail_os("opening a pidfd of pid " + std::to_string(credentials.pid), errno);
   return PeerCredentials{credentials.uid, credentials.gid, credentials.pid};
+}
+
+/// Who connected, as far as the kernel tells; for a client that has no session.
+LogFields fields_of(int socket) {
+  ucred credentials{};
+  socklen_t length = sizeof credentials;
+  if (::getsockopt(socket, SOL_SOCKET, SO_PEERCRED, &credentials, &length) != 0) return {};
+  return {.client_pid = credentials.pid, .client_uid = credentials.uid};
 }
 
 unsigned cores() { return std::max(1U, std::thread::hardware_concurrency()); }
@@ -120,7 +128,9 @@ Result<std::unique_ptr<Server>> Server::create(const Options& options, Listener 
 Result<void> Server::set_up() {
   background_ = std::make_unique<BackgroundPool>(
       options_.check_threads == 0 ? cores() : options_.check_threads, completions_);
-  registrar_ = std::make_unique<Registrar>(registry_, replies_, scheduler_, *background_);
+  closers_ = std::make_unique<BackgroundPool>(1, completions_);
+  registrar_ =
+      std::make_unique<Registrar>(registry_, replies_, scheduler_, *background_, *closers_);
   refits_ = std::make_unique<Refits>(registry_, scheduler_, replies_, *copy_pool_, completions_,
                                      options_.waiting);
   checker_ = std::make_unique<Checker>(registry_, scheduler_, replies_, *background_);
@@ -178,8 +188,7 @@ Result<void> Server::set_up() {
     if (code < 0) return fail_os("watching signals", -code);
     signal_sources_.emplace_back(source);
   }
-  if (const int watchdog = sd_event_set_watchdog(event, 1); watchdog < 0)
-    return fail_os("arming the watchdog", -watchdog);
+  REFIT_TRY_ASSIGN(watchdog_, Watchdog::create(event, *copy_pool_, *background_));
   return {};
 }
 
@@ -193,6 +202,7 @@ Server::~Server() {
   // The pools first: what they still hold points into the members below.
   copy_pool_.reset();
   background_.reset();
+  closers_.reset();
   for (auto& [id, session] : registry_.sessions) session->closed = true;
   registry_.sessions.clear();
   completions_.drain();
@@ -201,9 +211,10 @@ Server::~Server() {
 Result<void> Server::run() {
   sd_notifyf(0, "READY=1\nSTATUS=Serving %s",
              listener_.path().empty() ? "systemd's socket" : listener_.path().c_str());
-  spdlog::info("serving {} (waiting {}, {} copy threads)",
-               listener_.path().empty() ? "systemd's socket" : listener_.path(),
-               waiting_name(options_.waiting), copy_pool_->thread_count());
+  log(LogEvent::started, "serving " +
+                             (listener_.path().empty() ? "systemd's socket" : listener_.path()) +
+                             " (waiting " + std::string(waiting_name(options_.waiting)) + ", " +
+                             std::to_string(copy_pool_->thread_count()) + " copy threads)");
   const bool never_block = options_.waiting == Waiting::always;
   std::uint32_t turns = 0;
   for (;;) {
@@ -222,8 +233,9 @@ Result<void> Server::run() {
     end_overrun_sessions();
     bury();
     arm_timer();
+    if (watchdog_ != nullptr) watchdog_->after_turn();
   }
-  spdlog::info("stopped after {} refits", refits_->committed_count());
+  log(LogEvent::stopped, "stopped after " + std::to_string(refits_->committed_count()) + " refits");
   return {};
 }
 
@@ -267,7 +279,9 @@ void Server::on_listener() {
     if (!socket) {
       if (errno == EMFILE || errno == ENFILE) {
         // The connection stays in the backlog; looking at it again at once would only spin.
-        spdlog::warn("out of file descriptors: no new connections for a while (LimitNOFILE=)");
+        log(LogEvent::out_of_descriptors,
+            "out of file descriptors: no new connections for a while (LimitNOFILE=)",
+            {.native = errno});
         sd_event_source_set_enabled(listener_source_.get(), SD_EVENT_OFF);
         listen_again_ = Clock::now() + std::chrono::seconds(1);
       }
@@ -319,11 +333,14 @@ void Server::on_hello(Connecting& connecting) {
     auto session = hello ? admit(connecting, *hello)
                          : Result<std::shared_ptr<Session>>(Unexpected(hello.error()));
     if (!session) {
-      if (session.error().code != Errc::os)
-        spdlog::warn("refused a client: {}", session.error().message);
+      LogFields fields = fields_of(connecting.socket.get());
+      if (hello && hello->role == Role::engine) fields.engine = hello->name;
+      fields.errc = session.error().code;
+      fields.native = session.error().native;
+      log(LogEvent::client_refused, "refused a client: " + session.error().message, fields);
       refuse(connecting.socket.get(), session.error());
     } else if (options_.verbose) {
-      spdlog::info("{} of uid {} connected", (*session)->label(), (*session)->peer.uid);
+      log(LogEvent::session, (*session)->label_and_uid() + " connected", fields_of(**session));
     }
   } else if (outcome == Receive::peer_broke_protocol) {
     refuse(connecting.socket.get(),
@@ -479,7 +496,10 @@ void Server::drain_tickets(Session& session) {
 
 void Server::violate(Session& session, const std::string& reason) {
   if (session.closed) return;
-  spdlog::warn("{} of uid {} broke the protocol: {}", session.label(), session.peer.uid, reason);
+  LogFields fields = fields_of(session);
+  fields.errc = Errc::protocol;
+  log(LogEvent::protocol_broken, session.label_and_uid() + " broke the protocol: " + reason,
+      fields);
   refuse(session.socket.get(), {Errc::protocol, 0, reason, {}});
   end_session(session, reason);
 }
@@ -487,7 +507,8 @@ void Server::violate(Session& session, const std::string& reason) {
 void Server::end_session(Session& session, const std::string& reason) {
   if (session.closed) return;
   session.closed = true;
-  if (options_.verbose) spdlog::info("{} ended: {}", session.label(), reason);
+  if (options_.verbose)
+    log(LogEvent::session, session.label() + " ended: " + reason, fields_of(session));
   const auto found = registry_.sessions.find(session.id);
   REFIT_ASSERT(found != registry_.sessions.end());
   dead_.push_back(found->second);
@@ -644,7 +665,7 @@ void Server::on_timer() {
 /// What runs may finish, what comes is refused. A second signal calls off what waits; a write is
 /// always finished, because ending in the middle of one would poison the module.
 void Server::begin_drain(int signal) {
-  spdlog::info("signal {}: draining", signal);
+  log(LogEvent::draining, "signal " + std::to_string(signal) + ": draining");
   drain_until_ = draining_ ? Clock::now()
                            : Clock::now() + std::chrono::milliseconds(options_.drain_timeout_ms);
   if (!draining_) sd_notify(0, "STOPPING=1\nSTATUS=Draining");

@@ -20,6 +20,7 @@
 #include "server/registry.hpp"
 #include "server/replies.hpp"
 #include "server/scheduler.hpp"
+#include "server/watchdog.hpp"
 
 namespace refit::daemon {
 
@@ -79,6 +80,7 @@ class Server {
   CompletionQueue completions_;
   std::unique_ptr<CopyPool> copy_pool_;
   std::unique_ptr<BackgroundPool> background_;
+  std::unique_ptr<BackgroundPool> closers_;
   Registry registry_;
   Scheduler scheduler_;
   Replies replies_;
@@ -93,6 +95,7 @@ class Server {
   EventSource listener_source_;
   EventSource completion_source_;
   EventSource timer_;
+  std::unique_ptr<Watchdog> watchdog_;  ///< none where systemd asked for none
   std::vector<EventSource> signal_sources_;
   Clock::time_point timer_armed_ = Clock::time_point::max();
   Clock::time_point drain_until_ = Clock::time_point::max();

@@ -23,6 +23,7 @@
 #include "ipc/segment.hpp"
 #include "ipc/shared_layout.hpp"
 #include "ipc/wire.hpp"
+#include "log.hpp"
 #include "plan/manifest.hpp"
 #include "refit/result.hpp"
 #include "server/clock.hpp"
@@ -117,6 +118,9 @@ class Session {
 
   /// "engine flux (session 3, pid 812)", for messages and logs.
   [[nodiscard]] std::string label() const;
+  [[nodiscard]] std::string label_and_uid() const {
+    return label() + " of uid " + std::to_string(peer.uid);
+  }
 
   // -- requests
 
@@ -159,6 +163,7 @@ class Session {
   std::shared_ptr<SessionMemory> memory;
   std::map<std::string, std::shared_ptr<Module>, std::less<>> modules;
   bool closed = false;
+  bool denial_logged = false;  ///< its later ones are not, so that it cannot fill the log
   std::size_t in_flight =
       0;  ///< requests taken and not answered; more than the ring holds are refused
 
@@ -191,5 +196,12 @@ class Session {
   /// The doorbell's first. Declared last: gone before the fds that they watch.
   std::vector<EventSource> sources;
 };
+
+/// What the journal says of a session.
+inline LogFields fields_of(const Session& session) {
+  LogFields fields{.client_pid = session.peer.pid, .client_uid = session.peer.uid};
+  if (session.role == Role::engine) fields.engine = session.name;
+  return fields;
+}
 
 }  // namespace refit::daemon

@@ -32,6 +32,15 @@ WAIT_S = 60
 TEST_PROGRAMS = "/usr/local/libexec/refit-test"
 
 
+def message_ids():
+    """MESSAGE_ID by event, from the daemon's table."""
+    table = (pathlib.Path(__file__).resolve().parents[2] / "daemon/log.hpp").read_text()
+    return dict(re.findall(r'X\((\w+), \d, "([0-9a-f]{32})"\)', table))
+
+
+MESSAGE_IDS = message_ids()
+
+
 def expect(condition, text):
     if not condition:
         raise Failure(text)
@@ -166,6 +175,7 @@ class SystemdTest:
         """The commands of docs/operations.md."""
         run_inside = self.container.run
         run_inside(["systemd-sysusers"])
+        run_inside(["journalctl", "--update-catalog"])
         run_inside(["ldconfig"])
         run_inside(["systemctl", "daemon-reload"])
         run_inside(["systemctl", "enable", "--now", "refitd.socket"])
@@ -238,10 +248,32 @@ class SystemdTest:
         state = self.container.try_run(["cat", f"/proc/{pid}/stat"]).stdout
         return re.search(r"\) T ", state)
 
+    def journal_fields(self):
+        """An engine whose name is taken is refused; the journal says who it was without reading the text."""
+        refused = self.container.try_run([f"{TEST_PROGRAMS}/dit_engine", "--model", "tiny"], user="engine")
+        expect(refused.returncode != 0, "two engines of one name and user were let in")
+        user = self.container.run(["id", "--user", "engine"]).strip()
+        entry = self.entry(MESSAGE_IDS["client_refused"])
+        expect(entry["REFIT_ENGINE"] == "dit" and entry["REFIT_CLIENT_UID"] == user and
+               int(entry["REFIT_CLIENT_PID"]) > 1 and entry["REFIT_ERRC"] == "name_taken" and entry["PRIORITY"] == "4",
+               f"the refusal's fields: {entry}")
+        expect(entry["CODE_FILE"].endswith("server.cpp") and int(entry["CODE_LINE"]) > 0 and entry["CODE_FUNC"],
+               f"the refusal's place in the code: {entry}")
+        expect(entry["_PID"] == self.service.show("MainPID"), f"the entry is not the daemon's own: {entry}")
+        self.entry(MESSAGE_IDS["started"])
+        explained = self.container.run(["journalctl", "--catalog", "--no-pager", f"MESSAGE_ID={MESSAGE_IDS['client_refused']}"])
+        expect("A client was refused" in explained, f"the catalog says nothing of it: {explained}")
+        self.saw("the journal has who was refused and why as fields, and explains it")
+
+    def entry(self, message_id):
+        """The newest entry of an event. The journal is written a moment after the event."""
+        return eventually(lambda: self.service.journal(f"MESSAGE_ID={message_id}"), f"a journal entry {message_id}")[-1]
+
     def run(self):
         self.stranger_is_refused()
         self.first_refit("engine", "engine")
         self.sandbox_holds()
+        self.journal_fields()
         self.trainer.close()
         self.engine.close()
         self.readiness()
