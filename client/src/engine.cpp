@@ -175,9 +175,13 @@ class Engine::Impl final : public BoundEngine {
   }
 
   Result<void> register_now(const ModuleSpec& spec, Deadline deadline) {
-    REFIT_TRY_ASSIGN(const std::uint32_t index,
-                     refit::register_module(*session_, spec, gate_.held(spec.name()), deadline));
-    gate_.put(spec, index);
+    auto index = refit::register_module(*session_, spec, gate_.held(spec.name()), deadline);
+    if (!index) {
+      const Errc code = index.error().code;
+      if (code == Errc::deadline || code == Errc::daemon_gone) gate_.put_in_doubt(spec);
+      return Unexpected(std::move(index).error());
+    }
+    gate_.put(spec, *index);
     return {};
   }
 

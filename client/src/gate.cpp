@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "digest/digest.hpp"
+
 namespace refit {
 
 void Gate::attach(Regions* session) {
@@ -38,6 +40,16 @@ void Gate::remove(const std::string& module) {
   std::erase_if(slots_, [&](const Slot& slot) { return slot.spec.name() == module; });
 }
 
+void Gate::put_in_doubt(ModuleSpec spec) {
+  const std::lock_guard lock(mutex_);
+  for (Slot& slot : slots_) {
+    if (slot.spec.name() != spec.name()) continue;
+    if (slot.index == kNoIndex) slot.index = kInDoubt;
+    return;
+  }
+  slots_.push_back({std::move(spec), kInDoubt, {}});
+}
+
 HeldState Gate::held(const std::string& module) const {
   const std::lock_guard lock(mutex_);
   const Slot* slot = find(module);
@@ -52,8 +64,21 @@ std::vector<ModuleSpec> Gate::specs() const {
 }
 
 const ModuleBlock* Gate::block(const Slot& slot) const noexcept {
-  if (session_ == nullptr || slot.index >= kModulesMax) return nullptr;
+  if (session_ == nullptr) return nullptr;
+  if (slot.index == kInDoubt) return block_of(slot.spec.name());
+  if (slot.index >= kModulesMax) return nullptr;
   return &session_->response_region().modules[slot.index];
+}
+
+/// The words that the daemon gave this module, if it registered it.
+const ModuleBlock* Gate::block_of(const std::string& module) const noexcept {
+  const std::uint64_t name = payload_hash(module.data(), module.size());
+  for (const ModuleBlock& words : session_->response_region().modules) {
+    if (ModuleWord::unpack(words.word.load()).state != ModuleState::none &&
+        words.name.load() == name)
+      return &words;
+  }
+  return nullptr;
 }
 
 ModuleState Gate::state_of(const Slot& slot) const noexcept {

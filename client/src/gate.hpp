@@ -31,6 +31,9 @@ class Gate {
   /// A module was registered under `index` of the state words.
   void put(ModuleSpec spec, std::uint32_t index);
   void remove(const std::string& module);
+  /// A registration of `spec` ended without an answer: the daemon may have done it, and refits may
+  /// reach the module.
+  void put_in_doubt(ModuleSpec spec);
   /// What this side knows of a module's bytes, for registering it again. Fresh if it is not known.
   [[nodiscard]] HeldState held(const std::string& module) const;
   [[nodiscard]] std::vector<ModuleSpec> specs() const;
@@ -69,6 +72,7 @@ class Gate {
 
  private:
   static constexpr std::uint32_t kNoIndex = kModulesMax;
+  static constexpr std::uint32_t kInDoubt = kModulesMax + 1;
 
   struct Slot {
     ModuleSpec spec;
@@ -77,6 +81,7 @@ class Gate {
   };
 
   [[nodiscard]] const ModuleBlock* block(const Slot& slot) const noexcept;
+  [[nodiscard]] const ModuleBlock* block_of(const std::string& module) const noexcept;
   [[nodiscard]] ModuleState state_of(const Slot& slot) const noexcept;
   [[nodiscard]] HeldState held_of(const Slot& slot) const noexcept;
   [[nodiscard]] const Slot* find(const std::string& module) const noexcept;

@@ -48,7 +48,8 @@ struct ModuleRecord {
 /// ipc/state_word.hpp).
 struct alignas(128) ModuleBlock {
   SharedWord<std::uint64_t> word;
-  std::uint64_t reserved[7];
+  SharedWord<std::uint64_t> name;  ///< XXH3-64 of the module's name, stored before the first word
+  std::uint64_t reserved[6];
   ModuleRecord records[2];
 };
 
@@ -100,13 +101,14 @@ inline constexpr std::uint64_t kLayoutHash = detail::mix_all(
     offsetof(Descriptor, payload_xxh3), sizeof(ModuleRecord),
     offsetof(ModuleRecord, transaction_high), offsetof(ModuleRecord, transaction_low),
     offsetof(ModuleRecord, version), offsetof(ModuleRecord, selection), sizeof(ModuleBlock),
-    offsetof(ModuleBlock, word), offsetof(ModuleBlock, records), sizeof(RequestRegion),
-    offsetof(RequestRegion, request_tail), offsetof(RequestRegion, response_head),
-    offsetof(RequestRegion, client_awake), offsetof(RequestRegion, gate_answer),
-    offsetof(RequestRegion, abandoned_request), offsetof(RequestRegion, requests),
-    offsetof(RequestRegion, arena), sizeof(ResponseRegion), offsetof(ResponseRegion, response_tail),
-    offsetof(ResponseRegion, request_head), offsetof(ResponseRegion, daemon_awake),
-    offsetof(ResponseRegion, gate), offsetof(ResponseRegion, modules),
-    offsetof(ResponseRegion, responses), offsetof(ResponseRegion, payload));
+    offsetof(ModuleBlock, word), offsetof(ModuleBlock, name), offsetof(ModuleBlock, records),
+    sizeof(RequestRegion), offsetof(RequestRegion, request_tail),
+    offsetof(RequestRegion, response_head), offsetof(RequestRegion, client_awake),
+    offsetof(RequestRegion, gate_answer), offsetof(RequestRegion, abandoned_request),
+    offsetof(RequestRegion, requests), offsetof(RequestRegion, arena), sizeof(ResponseRegion),
+    offsetof(ResponseRegion, response_tail), offsetof(ResponseRegion, request_head),
+    offsetof(ResponseRegion, daemon_awake), offsetof(ResponseRegion, gate),
+    offsetof(ResponseRegion, modules), offsetof(ResponseRegion, responses),
+    offsetof(ResponseRegion, payload));
 
 }  // namespace refit

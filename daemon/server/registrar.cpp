@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <bitset>
 
+#include "digest/digest.hpp"
 #include "ipc/state_word.hpp"
 #include "server/several.hpp"
 
@@ -66,6 +67,7 @@ void write_initial_words(ModuleBlock& block, const RegisterRequest& request) {
   ModuleState state = request.version == 0 ? ModuleState::initial : ModuleState::committed;
   if (request.poisoned || poisoned) state = ModuleState::poisoned;
   const bool keep = poisoned || held.version > request.version;
+  block.name.store(payload_hash(request.module.data(), request.module.size()));
   const ModuleWord word = fill_next_record(
       block, held.word.epoch, state, keep ? held.transaction : request.transaction,
       keep ? held.version : request.version, keep ? held.selection : request.selection);

@@ -89,6 +89,38 @@ TEST_F(DaemonDeath, InWritingPoisonsUntilTheSameTransactionMakesItWhole) {
   EXPECT_EQ(sut.version("transformer"), 1U);
 }
 
+// Goal: an engine answers for a module whose registration it gave up but the daemon did: refits
+// reach it, and so does poison. Method: the call times out at a stopped daemon, which registers
+// when it wakes and dies in the middle of the bytes.
+TEST_F(DaemonDeath, InWritingPoisonsAModuleWhoseRegistrationWasNeverAnswered) {
+  DaemonProcess& daemon = start_armed("writing.half=kill");
+  Engine sut = must(Engine::connect("flux", options(), soon()));
+  daemon.send_signal(SIGSTOP);
+  ASSERT_TRUE(daemon.wait_stopped(20'000));
+  ASSERT_EQ(code_of(sut.register_module(target_->spec(), Deadline::in(50ms))), Errc::deadline);
+  daemon.send_signal(SIGCONT);
+  Observer observer = must(Observer::connect("test", options(), soon()));
+  ASSERT_TRUE(eventually([&] {
+    const auto status = observer.status(soon());
+    return status && !status->modules.empty() && status->modules.front().populated;
+  }));
+  die_at("writing.half", sut, {kWhole});
+  EXPECT_TRUE(is_mix(*target_, *old_, *source_)) << "the death left no mix: nothing was tested";
+  EXPECT_FALSE(sut.step_allowed());
+  EXPECT_EQ(sut.state("transformer"), ModuleState::poisoned);
+
+  start();
+  must(sut.reconnect(soon()));
+  EXPECT_FALSE(sut.step_allowed());
+  sut.bind_to_this_thread();
+  Trainer trainer = make_trainer(*source_);
+  const auto report = trainer.refit(kWhole, soon());
+  ASSERT_TRUE(report) << text_of(report);
+  EXPECT_TRUE(target_->equals(*source_));
+  ASSERT_TRUE(poll_until_event(sut, soon()));
+  EXPECT_TRUE(sut.step_allowed());
+}
+
 // Goal: a poisoned module takes nothing that would leave it a mix and call it whole.
 TEST_F(DaemonDeath, PoisonedModuleRefusesAPartOfAnotherTransactionAndTakesAllOfIt) {
   start_armed("writing.half=kill");

@@ -10,7 +10,7 @@
 namespace refit {
 namespace {
 
-TEST(SharedLayout, HashIsTheGoldenOne) { EXPECT_EQ(kLayoutHash, 0xc4ab6fbc71eaa281ULL); }
+TEST(SharedLayout, HashIsTheGoldenOne) { EXPECT_EQ(kLayoutHash, 0xdcf373fb3f167b29ULL); }
 
 TEST(SharedLayout, OffsetsAreTheGoldenOnes) {
   EXPECT_EQ(sizeof(Descriptor), 32U);
@@ -27,6 +27,7 @@ TEST(SharedLayout, OffsetsAreTheGoldenOnes) {
   EXPECT_EQ(offsetof(ModuleRecord, selection), 24U);
   EXPECT_EQ(sizeof(ModuleBlock), 128U);
   EXPECT_EQ(offsetof(ModuleBlock, word), 0U);
+  EXPECT_EQ(offsetof(ModuleBlock, name), 8U);
   EXPECT_EQ(offsetof(ModuleBlock, records), 64U);
 
   EXPECT_EQ(offsetof(RequestRegion, request_tail), 0U);
