@@ -8,14 +8,6 @@
 namespace refit::daemon {
 namespace {
 
-bool same_selection(const std::vector<std::string>& held, const PlanCache::Selection* asked) {
-  const std::size_t count = asked == nullptr ? 0 : asked->size();
-  if (held.size() != count) return false;
-  for (std::size_t i = 0; i < count; ++i) {
-    if (held[i] != view(asked->Get(static_cast<flatbuffers::uoffset_t>(i)))) return false;
-  }
-  return true;
-}
 // The sabotage of the demo: one tensor keeps its old bytes, and the checker must find it. A copy
 // may be many adjacent tensors merged, so that it is cut where its second one begins.
 void leave_first_tensor_out(BoundPlan& bound) {
@@ -69,6 +61,15 @@ void bind(BoundPlan& bound) {
 }
 
 }  // namespace
+
+bool same_selection(const std::vector<std::string>& held, const Names* asked) {
+  const std::size_t count = asked == nullptr ? 0 : asked->size();
+  if (held.size() != count) return false;
+  for (std::size_t i = 0; i < count; ++i) {
+    if (held[i] != view(asked->Get(static_cast<flatbuffers::uoffset_t>(i)))) return false;
+  }
+  return true;
+}
 
 Result<std::shared_ptr<BoundPlan>> PlanCache::get(const std::shared_ptr<Registration>& source,
                                                   const std::shared_ptr<Registration>& target,

@@ -27,6 +27,9 @@ struct BoundPlan {
   CopyJob job;
 };
 
+/// True if `held` are the names that a message asks for; none asked for is an empty list.
+bool same_selection(const std::vector<std::string>& held, const Names* asked);
+
 class PlanCache {
  public:
   using Selection = Names;

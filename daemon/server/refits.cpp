@@ -64,6 +64,8 @@ class Refits::Refit final : public Operation, public Completion {
   bool has_engines = false;  ///< the scheduler gave them; leave() gives them back
   std::uint64_t session_id = 0;
   std::uint64_t request_id = 0;
+  uid_t uid = 0;
+  bool sent_again = false;  ///< the request that is answered came after the writing began
   bool reset_caches = false;
   std::vector<Target> targets;
   Transaction transaction;
@@ -114,8 +116,12 @@ void Refits::retire(Refit& refit) {
 
 void Refits::begin(Session& trainer, std::uint64_t request_id, const wire::Refit& message,
                    Clock::time_point arrived) {
+  if (Refit* running = find_writing(trainer, message))
+    return answer_instead(*running, trainer, request_id);
   Refit& refit = take_free();
   refit.session_id = trainer.id;
+  refit.uid = trainer.peer.uid;
+  refit.sent_again = false;
   refit.request_id = request_id;
   refit.reset_caches = message.reset_caches();
   refit.arrived = arrived;
@@ -132,6 +138,45 @@ void Refits::begin(Session& trainer, std::uint64_t request_id, const wire::Refit
   }
   refit.phase = Phase::queued;
   scheduler_.enqueue(refit);
+}
+
+/// The refit that writes this very transaction, for an earlier request. To refuse this one would
+/// say that nothing is changed, and its trainer would change the source under the copy.
+Refits::Refit* Refits::find_writing(const Session& trainer, const wire::Refit& message) {
+  if (test_point("refits.sent_again")) return nullptr;
+  const TransactionId id = from_wire(message.transaction());
+  for (const auto& refit : active_) {
+    if (refit->phase == Phase::writing && refit->transaction.id() == id &&
+        refit->uid == trainer.peer.uid && same_targets(*refit, message.targets()))
+      return refit.get();
+  }
+  return nullptr;
+}
+
+bool Refits::same_targets(const Refit& refit,
+                          const flatbuffers::Vector<flatbuffers::Offset<wire::Target>>* wanted) {
+  if (wanted == nullptr || wanted->size() != refit.targets.size()) return false;
+  return std::equal(wanted->begin(), wanted->end(), refit.targets.begin(),
+                    [&](const wire::Target* one, const Target& target) {
+                      return refit.engines[target.engine]->name == view(one->engine()) &&
+                             target.module->name == view(one->module_name()) &&
+                             same_selection(target.plan->options.selection, one->selection());
+                    });
+}
+
+/// The outcome goes to the newer request; the older one was given up by its client.
+void Refits::answer_instead(Refit& running, Session& trainer, std::uint64_t request_id) {
+  if (const auto asked_before = registry_.find(running.session_id)) {
+    replies_.send_error(*asked_before, running.request_id,
+                        {Errc::busy,
+                         0,
+                         "the transaction was sent again while it was written; the "
+                         "newer request is answered",
+                         {}});
+  }
+  running.session_id = trainer.id;
+  running.request_id = request_id;
+  running.sent_again = true;
 }
 
 /// Names become engines, modules and plans; everything that can be wrong is found here, before
@@ -455,7 +500,8 @@ void Refits::reply(Refit& refit) {
                               times.total_us);
     replies_.send(*trainer, refit.request_id, wire::Body::Refitted,
                   wire::CreateRefitted(fbb, version, refit.bytes, refit.tensors,
-                                       static_cast<std::uint8_t>(Guarantee::atomic), &phases, false)
+                                       static_cast<std::uint8_t>(Guarantee::atomic), &phases,
+                                       refit.sent_again)
                       .Union());
   }
   release_engines(refit);
@@ -467,7 +513,9 @@ void Refits::fail_refit(Refit& refit, const Error& error) {
     refit.transaction.release();
     wake_engines(refit);
   }
-  if (const auto trainer = registry_.find(refit.session_id))
+  // "Nothing was changed" is no answer where an earlier request committed the transaction.
+  const bool replayed = error.code == Errc::engine_not_ready && replay(refit);
+  if (const auto trainer = registry_.find(refit.session_id); trainer != nullptr && !replayed)
     replies_.send_error(*trainer, refit.request_id, error);
   release_engines(refit);
 }

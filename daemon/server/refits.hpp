@@ -61,6 +61,10 @@ class Refits {
   Refit& take_free();
   void retire(Refit& refit);
 
+  [[nodiscard]] Refit* find_writing(const Session& trainer, const wire::Refit& message);
+  [[nodiscard]] static bool same_targets(
+      const Refit& refit, const flatbuffers::Vector<flatbuffers::Offset<wire::Target>>* wanted);
+  void answer_instead(Refit& running, Session& trainer, std::uint64_t request_id);
   Result<void> resolve(Refit& refit, Session& trainer, const wire::Refit& message);
   Result<void> resolve_target(Refit& refit, Session& trainer, const wire::Target& wanted);
   Result<void> check_poison(const Refit& refit) const;
