@@ -26,7 +26,8 @@ class Engine::Impl final : public BoundEngine {
   }
 
   Result<void> attach(Deadline deadline) {
-    REFIT_TRY_ASSIGN(auto session, Session::connect(Role::engine, name_, options_, deadline));
+    REFIT_TRY_ASSIGN(auto session,
+                     Session::connect(Role::engine, name_, options_, deadline, gate_.asleep()));
     // One epoll fd for the engine's life: the owner of fd() keeps it across daemons.
     if (!epoll_) epoll_ = UniqueFd::adopt(::epoll_create1(EPOLL_CLOEXEC));
     if (!epoll_) return fail_os("epoll_create1", errno);
@@ -56,7 +57,27 @@ class Engine::Impl final : public BoundEngine {
     }
     session_.reset();
     REFIT_TRY(attach(deadline));
-    for (const ModuleSpec& spec : gate_.specs()) REFIT_TRY(register_now(spec, deadline));
+    for (const ModuleSpec& spec : gate_.specs()) REFIT_TRY(register_held(spec, deadline));
+    return {};
+  }
+
+  Result<void> sleep(Deadline deadline) {
+    REFIT_TRY(ready_for_a_call());
+    if (gate_.holding() && !gate_.withdraw())
+      return fail(Errc::busy, "engine " + name_ + " is being written; sleep after poll()");
+    auto& fbb = session_->builder();
+    fbb.Finish(wire::CreateSleep(fbb));
+    REFIT_TRY(session_->call(wire::Opcode::sleep, deadline, Expect::long_running));
+    gate_.fall_asleep();
+    return {};
+  }
+
+  Result<void> wake(Deadline deadline) {
+    REFIT_TRY(ready_for_a_call());
+    auto& fbb = session_->builder();
+    fbb.Finish(wire::CreateWake(fbb));
+    REFIT_TRY(session_->call(wire::Opcode::wake, deadline, Expect::brief));
+    gate_.wake();
     return {};
   }
 
@@ -68,7 +89,7 @@ class Engine::Impl final : public BoundEngine {
       return fail(Errc::busy, "engine " + name_ + " is being written; register " + spec.name() +
                                   " after poll()");
     }
-    return register_now(spec, deadline);
+    return register_now(spec, gate_.held(spec.name()), deadline);
   }
 
   Result<void> unregister_module(const std::string& module, Deadline deadline) {
@@ -174,14 +195,26 @@ class Engine::Impl final : public BoundEngine {
     return {};
   }
 
-  Result<void> register_now(const ModuleSpec& spec, Deadline deadline) {
-    auto index = refit::register_module(*session_, spec, gate_.held(spec.name()), deadline);
+  Result<void> register_now(const ModuleSpec& spec, HeldState held, Deadline deadline) {
+    held.asleep = false;
+    REFIT_TRY_ASSIGN(const std::uint32_t words, gate_.free_words(spec));
+    auto index = refit::register_module(*session_, spec, held, deadline, words);
     if (!index) {
       const Errc code = index.error().code;
-      if (code == Errc::deadline || code == Errc::daemon_gone) gate_.put_in_doubt(spec);
+      if (code == Errc::deadline || code == Errc::daemon_gone) gate_.put_in_doubt(spec, words);
       return Unexpected(std::move(index).error());
     }
-    gate_.put(spec, *index);
+    gate_.put(spec, *index, words);
+    return {};
+  }
+
+  /// As it was: a module that sleeps is told without memory.
+  Result<void> register_held(const ModuleSpec& spec, Deadline deadline) {
+    const HeldState held = gate_.held(spec.name());
+    if (!held.asleep) return register_now(spec, held, deadline);
+    REFIT_TRY_ASSIGN(const std::uint32_t index,
+                     refit::register_module(*session_, spec, held, deadline));
+    gate_.put_asleep(spec.name(), index);
     return {};
   }
 
@@ -318,6 +351,8 @@ Result<void> Engine::register_module(const ModuleSpec& module, Deadline deadline
 Result<void> Engine::unregister_module(const std::string& module, Deadline deadline) {
   return impl_->unregister_module(module, deadline);
 }
+Result<void> Engine::sleep(Deadline deadline) { return impl_->sleep(deadline); }
+Result<void> Engine::wake(Deadline deadline) { return impl_->wake(deadline); }
 Result<std::optional<GateEvent>> Engine::poll(Deadline deadline) { return impl_->poll(deadline); }
 Result<std::optional<GateEvent>> Engine::wait(Deadline deadline) { return impl_->wait(deadline); }
 int Engine::fd() const noexcept { return impl_->fd(); }

@@ -3,14 +3,22 @@
 #include <algorithm>
 
 #include "digest/digest.hpp"
+#include "residency_state.hpp"
 
 namespace refit {
 
+Gate::~Gate() {
+  go_on();
+  fall_silent();
+}
+
 void Gate::attach(Regions* session) {
   const std::lock_guard lock(mutex_);
+  go_on();
+  fall_silent();
   session_ = session;
   answered_epoch_ = 0;
-  holding_.store(false);
+  words_floor_ = 0;
   for (Slot& slot : slots_) slot.index = kNoIndex;
 }
 
@@ -20,34 +28,106 @@ void Gate::detach() {
     slot.held = held_of(slot);
     slot.index = kNoIndex;
   }
-  holding_.store(false);
+  go_on();
+  fall_silent();
   session_ = nullptr;
 }
 
-void Gate::put(ModuleSpec spec, std::uint32_t index) {
+void Gate::hold_still() {
+  for (const Slot& slot : slots_) {
+    if (slot.spec.residency() != nullptr) slot.spec.residency()->state_->freeze();
+  }
+  holding_.store(true);
+}
+
+void Gate::go_on() {
+  holding_.store(false);
+  for (const Slot& slot : slots_) {
+    if (slot.spec.residency() != nullptr) slot.spec.residency()->state_->thaw();
+  }
+}
+
+void Gate::fall_silent() noexcept {
+  for (const Slot& slot : slots_) {
+    if (slot.spec.residency() != nullptr) slot.spec.residency()->state_->speak(nullptr);
+  }
+}
+
+SharedWord<std::uint64_t>* Gate::words_at(std::uint32_t number) const noexcept {
+  return session_ == nullptr ? nullptr : session_->request_region().residency + number;
+}
+
+Result<std::uint32_t> Gate::free_words(const ModuleSpec& spec) const {
+  const auto count = static_cast<std::uint32_t>(spec.layer_buffers().size());
+  if (count == 0) return 0;
   const std::lock_guard lock(mutex_);
+  // The words of what is registered under this name are in use until it is replaced.
+  std::uint32_t first = words_floor_;
+  for (std::size_t i = 0; i < slots_.size();) {
+    const auto used = slots_[i].index == kNoIndex
+                          ? 0
+                          : static_cast<std::uint32_t>(slots_[i].spec.layer_buffers().size());
+    const bool apart =
+        used == 0 || first + count <= slots_[i].words || slots_[i].words + used <= first;
+    if (apart) {
+      ++i;
+      continue;
+    }
+    first = slots_[i].words + used;
+    i = 0;
+  }
+  if (first + count > kLayerBuffersMax) {
+    return fail(Errc::quota, spec.name() + ": " + std::to_string(count) +
+                                 " layer buffers; a session has room for " +
+                                 std::to_string(kLayerBuffersMax) +
+                                 ", those of a module that is replaced included");
+  }
+  return first;
+}
+
+void Gate::put(ModuleSpec spec, std::uint32_t index, std::uint32_t words) {
+  const std::lock_guard lock(mutex_);
+  if (spec.residency() != nullptr) spec.residency()->state_->speak(words_at(words));
   for (Slot& slot : slots_) {
     if (slot.spec.name() != spec.name()) continue;
+    const auto& before = slot.spec.residency();
+    if (before != nullptr && before != spec.residency()) before->state_->speak(nullptr);
     slot.spec = std::move(spec);
     slot.index = index;
+    slot.words = words;
+    slot.held.asleep = false;
     return;
   }
-  slots_.push_back({std::move(spec), index, {}});
+  slots_.push_back({std::move(spec), index, words, {}});
+}
+
+void Gate::put_asleep(const std::string& module, std::uint32_t index) {
+  const std::lock_guard lock(mutex_);
+  for (Slot& slot : slots_) {
+    if (slot.spec.name() == module) slot.index = index;
+  }
 }
 
 void Gate::remove(const std::string& module) {
   const std::lock_guard lock(mutex_);
-  std::erase_if(slots_, [&](const Slot& slot) { return slot.spec.name() == module; });
+  std::erase_if(slots_, [&](const Slot& slot) {
+    if (slot.spec.name() != module) return false;
+    if (slot.spec.residency() != nullptr) slot.spec.residency()->state_->speak(nullptr);
+    return true;
+  });
 }
 
-void Gate::put_in_doubt(ModuleSpec spec) {
+void Gate::put_in_doubt(ModuleSpec spec, std::uint32_t words) {
   const std::lock_guard lock(mutex_);
+  // The daemon may read them as this module's: nobody else may ever speak there.
+  words_floor_ =
+      std::max(words_floor_, words + static_cast<std::uint32_t>(spec.layer_buffers().size()));
   for (Slot& slot : slots_) {
     if (slot.spec.name() != spec.name()) continue;
     if (slot.index == kNoIndex) slot.index = kInDoubt;
     return;
   }
-  slots_.push_back({std::move(spec), kInDoubt, {}});
+  slots_.push_back({std::move(spec), kInDoubt, words, {}});
 }
 
 HeldState Gate::held(const std::string& module) const {
@@ -61,6 +141,17 @@ std::vector<ModuleSpec> Gate::specs() const {
   std::vector<ModuleSpec> specs;
   for (const Slot& slot : slots_) specs.push_back(slot.spec);
   return specs;
+}
+
+void Gate::fall_asleep() {
+  const std::lock_guard lock(mutex_);
+  fall_silent();
+  for (Slot& slot : slots_) {
+    slot.held = held_of(slot);
+    slot.held.asleep = true;
+    slot.spec = ModuleSpec(slot.spec.name());
+  }
+  asleep_.store(true);
 }
 
 const ModuleBlock* Gate::block(const Slot& slot) const noexcept {
@@ -98,10 +189,10 @@ HeldState Gate::held_of(const Slot& slot) const noexcept {
     case ModuleState::writing:
     case ModuleState::poisoned:
       // The record of an unfinished write names the version that the bytes never became.
-      return {slot.held.version, reading.transaction, true, reading.selection};
+      return {slot.held.version, reading.transaction, true, reading.selection, slot.held.asleep};
     case ModuleState::initial:
     case ModuleState::committed:
-      return {reading.version, reading.transaction, false, reading.selection};
+      return {reading.version, reading.transaction, false, reading.selection, slot.held.asleep};
     case ModuleState::none:
       break;
   }
@@ -144,7 +235,7 @@ Gate::Progress Gate::pump() {
   if (gate.state != GateState::prepare || gate.epoch <= answered_epoch_) return Progress::idle;
   answered_epoch_ = gate.epoch;
   answered_flags_ = gate.flags;
-  holding_.store(true);
+  hold_still();
   // Pairs with the daemon's load in Transaction::all_ready.
   session_->request_region().gate_answer.store(AnswerWord{gate.epoch, AnswerState::ready}.pack());
   session_->ring_daemon();
@@ -171,7 +262,7 @@ void Gate::release() {
     slot.held = {reading.version, reading.transaction, false, reading.selection};
     any = true;
   }
-  holding_.store(false);
+  go_on();
   if (any) event_ = std::move(event);
 }
 
@@ -213,7 +304,7 @@ std::optional<GateEvent> Gate::take_event() {
 }
 
 bool Gate::step_allowed() const {
-  if (holding_.load()) return false;
+  if (holding_.load() || asleep_.load()) return false;
   const std::lock_guard lock(mutex_);
   if (any_word_is_writing()) return false;
   return std::all_of(slots_.begin(), slots_.end(), [this](const Slot& slot) {

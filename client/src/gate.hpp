@@ -20,6 +20,11 @@ namespace refit {
 
 class Gate {
  public:
+  Gate() = default;
+  ~Gate();
+  Gate(const Gate&) = delete;
+  Gate& operator=(const Gate&) = delete;
+
   /// Starts over with a new session: no epoch has been answered, every module must be registered
   /// again.
   void attach(Regions* session);
@@ -28,15 +33,27 @@ class Gate {
   void detach();
   [[nodiscard]] bool attached() const noexcept { return session_ != nullptr; }
 
-  /// A module was registered under `index` of the state words.
-  void put(ModuleSpec spec, std::uint32_t index);
+  /// The number of the first of as many residency words as `spec` has layer buffers, none of which
+  /// a registered module uses. Errors: Errc::quota.
+  [[nodiscard]] Result<std::uint32_t> free_words(const ModuleSpec& spec) const;
+
+  /// A module was registered under `index` of the state words, and its layers say where they are in
+  /// the residency words from `words` on.
+  void put(ModuleSpec spec, std::uint32_t index, std::uint32_t words = 0);
+  /// The same of a module that is known and sleeps.
+  void put_asleep(const std::string& module, std::uint32_t index);
   void remove(const std::string& module);
   /// A registration of `spec` ended without an answer: the daemon may have done it, and refits may
   /// reach the module.
-  void put_in_doubt(ModuleSpec spec);
+  void put_in_doubt(ModuleSpec spec, std::uint32_t words = 0);
   /// What this side knows of a module's bytes, for registering it again. Fresh if it is not known.
   [[nodiscard]] HeldState held(const std::string& module) const;
   [[nodiscard]] std::vector<ModuleSpec> specs() const;
+
+  /// The engine gave its memory up: lets go of every module's, keeps what is known of its bytes.
+  void fall_asleep();
+  void wake() noexcept { asleep_.store(false); }
+  [[nodiscard]] bool asleep() const noexcept { return asleep_.load(); }
 
   enum class Progress { idle, holding, released };
 
@@ -77,7 +94,8 @@ class Gate {
   struct Slot {
     ModuleSpec spec;
     std::uint32_t index = kNoIndex;
-    HeldState held;  ///< what is known of the bytes when no daemon vouches for them
+    std::uint32_t words = 0;  ///< number of its first residency word
+    HeldState held;           ///< what is known of the bytes when no daemon vouches for them
   };
 
   [[nodiscard]] const ModuleBlock* block(const Slot& slot) const noexcept;
@@ -85,6 +103,12 @@ class Gate {
   [[nodiscard]] ModuleState state_of(const Slot& slot) const noexcept;
   [[nodiscard]] HeldState held_of(const Slot& slot) const noexcept;
   [[nodiscard]] const Slot* find(const std::string& module) const noexcept;
+  /// Layers hold still exactly while the engine does.
+  void hold_still();
+  void go_on();
+  /// No module's layers speak any more: the session's words are not there, or mean nothing.
+  void fall_silent() noexcept;
+  [[nodiscard]] SharedWord<std::uint64_t>* words_at(std::uint32_t number) const noexcept;
   /// Leaves the gate and collects what was committed under the answered epoch.
   void release();
   [[nodiscard]] bool any_word_is_writing() const noexcept;
@@ -95,8 +119,10 @@ class Gate {
   Regions* session_ = nullptr;
   std::vector<Slot> slots_;
   std::uint64_t answered_epoch_ = 0;
+  std::uint32_t words_floor_ = 0;  ///< residency words below may be those of a module in doubt
   std::uint8_t answered_flags_ = 0;
   std::atomic<bool> holding_{false};
+  std::atomic<bool> asleep_{false};
   std::optional<GateEvent> event_;
 };
 

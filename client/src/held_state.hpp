@@ -12,6 +12,7 @@ struct HeldState {
   TransactionId transaction;
   bool poisoned = false;
   std::uint64_t selection = 0;  ///< which tensors `transaction` wrote, as the state word named them
+  bool asleep = false;          ///< no memory: the module is registered by name and state alone
 };
 
 }  // namespace refit

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "residency_state.hpp"
+
 namespace refit {
 
 std::uint32_t ModuleSpec::add_region(const std::shared_ptr<SharedMemory>& memory) {
@@ -26,8 +28,40 @@ Result<void> ModuleSpec::add(std::string tensor, DType dtype, Dims shape,
   spec.region = add_region(memory);
   spec.offset_bytes =
       static_cast<std::uint64_t>(static_cast<const std::byte*>(data) - memory->data());
+  const auto* begin = static_cast<const std::byte*>(data);
+  for (std::size_t i = 0; i < layer_begins_.size(); ++i) {
+    if (begin < layer_begins_[i] || begin >= layer_begins_[i] + layer_bytes_[i]) continue;
+    spec.layer_buffer = static_cast<std::uint32_t>(i);
+    spec.layer_offset_bytes = static_cast<std::uint64_t>(begin - layer_begins_[i]);
+  }
   tensors_.push_back(std::move(spec));
   return {};
+}
+
+Result<std::uint32_t> ModuleSpec::add_layer_buffer(const std::shared_ptr<SharedMemory>& memory,
+                                                   const void* data, std::uint64_t bytes) {
+  if (!memory->contains(data, bytes)) {
+    return fail(Errc::bad_region, name_ + ": layer buffer " + std::to_string(layer_bytes_.size()) +
+                                      " does not lie in the shared memory that was named");
+  }
+  if (residency_ == nullptr) residency_ = std::make_shared<Residency>();
+  residency_->state_->add_buffer(bytes);
+  layer_begins_.push_back(static_cast<const std::byte*>(data));
+  layer_bytes_.push_back(bytes);
+  return static_cast<std::uint32_t>(layer_bytes_.size() - 1);
+}
+
+std::uint32_t ModuleSpec::add_pool(const std::shared_ptr<SharedMemory>& memory) {
+  const std::uint32_t region = add_region(memory);
+  if (is_pool(region)) return region;
+  pools_.push_back(region);
+  if (residency_ == nullptr) residency_ = std::make_shared<Residency>();
+  residency_->state_->add_pool(region, memory);
+  return region;
+}
+
+bool ModuleSpec::is_pool(std::uint32_t region) const noexcept {
+  return std::find(pools_.begin(), pools_.end(), region) != pools_.end();
 }
 
 ArenaLayout ArenaLayout::pack(const std::vector<std::uint64_t>& tensor_bytes,

@@ -55,7 +55,7 @@ Result<DaemonStatus> Observer::status(Deadline deadline) {
     for (const auto* entry : *body->sessions()) {
       status.sessions.push_back({entry->id(), static_cast<Role>(entry->role()),
                                  std::string(view(entry->name())), entry->uid(), entry->pid(),
-                                 entry->modules()});
+                                 entry->modules(), entry->asleep()});
     }
   }
   if (body->modules() != nullptr) {
@@ -73,6 +73,7 @@ Result<DaemonStatus> Observer::status(Deadline deadline) {
       module.last_bytes = entry->last_bytes();
       module.last = phases_from_wire(entry->last());
       module.populated = entry->populated();
+      module.asleep = entry->asleep();
       status.modules.push_back(std::move(module));
     }
   }
@@ -102,6 +103,8 @@ Result<std::vector<TensorSpec>> Observer::tensors(const std::string& engine,
     spec.offset_bytes = entry->offset();
     spec.global_shape = dims_from_wire(entry->global_shape());
     spec.box_offset = dims_from_wire(entry->box_offset());
+    spec.layer_buffer = entry->layer_buffer();
+    spec.layer_offset_bytes = entry->layer_offset();
     tensors.push_back(std::move(spec));
   }
   return tensors;

@@ -17,6 +17,23 @@ Digest digest_from_wire(const flatbuffers::Vector<std::uint8_t>* bytes) {
   return digest;
 }
 
+std::vector<std::string> names_from_wire(
+    const flatbuffers::Vector<flatbuffers::Offset<flatbuffers::String>>* names) {
+  std::vector<std::string> copied;
+  if (names == nullptr) return copied;
+  for (const auto* name : *names) copied.emplace_back(view(name));
+  return copied;
+}
+
+std::vector<NamedDigest> digests_from_wire(
+    const flatbuffers::Vector<flatbuffers::Offset<wire::TensorDigest>>* digests) {
+  std::vector<NamedDigest> copied;
+  if (digests == nullptr) return copied;
+  for (const auto* entry : *digests)
+    copied.emplace_back(std::string(view(entry->name())), digest_from_wire(entry->value()));
+  return copied;
+}
+
 Unexpected wrong_body(const char* what) {
   return fail(Errc::protocol, std::string("the daemon's reply is not a ") + what);
 }
@@ -32,7 +49,8 @@ std::uint64_t daemon_budget_us(Deadline deadline) {
 }
 
 Result<std::uint32_t> register_module(Session& session, const ModuleSpec& module,
-                                      const HeldState& held, Deadline deadline) {
+                                      const HeldState& held, Deadline deadline,
+                                      std::uint32_t residency_base) {
   if (module.regions().size() > kUnclaimedTicketsMax) {
     return fail(Errc::quota, module.name() + ": " + std::to_string(module.regions().size()) +
                                  " regions; the limit is " + std::to_string(kUnclaimedTicketsMax) +
@@ -46,7 +64,8 @@ Result<std::uint32_t> register_module(Session& session, const ModuleSpec& module
   auto& fbb = session.builder();
   std::vector<flatbuffers::Offset<wire::Region>> regions;
   for (std::size_t i = 0; i < tickets.size(); ++i) {
-    regions.push_back(wire::CreateRegion(fbb, tickets[i], module.regions()[i]->bytes()));
+    regions.push_back(wire::CreateRegion(fbb, tickets[i], module.regions()[i]->bytes(),
+                                         module.is_pool(static_cast<std::uint32_t>(i))));
   }
   std::vector<flatbuffers::Offset<wire::Tensor>> tensors;
   tensors.reserve(module.tensors().size());
@@ -62,7 +81,7 @@ Result<std::uint32_t> register_module(Session& session, const ModuleSpec& module
     const auto box_offset = dims(spec.box_offset);
     tensors.push_back(wire::CreateTensor(fbb, name, static_cast<std::uint8_t>(spec.dtype), shape,
                                          strides, spec.region, spec.offset_bytes, global_shape,
-                                         box_offset));
+                                         box_offset, spec.layer_buffer, spec.layer_offset_bytes));
   }
   std::vector<flatbuffers::Offset<wire::NameRule>> rules;
   for (const NameRule& rule : module.name_map()) {
@@ -75,8 +94,13 @@ Result<std::uint32_t> register_module(Session& session, const ModuleSpec& module
   const auto region_list = fbb.CreateVector(regions);
   const auto tensor_list = fbb.CreateVector(tensors);
   const auto rule_list = fbb.CreateVector(rules);
+  std::vector<flatbuffers::Offset<wire::LayerBuffer>> buffers;
+  for (const std::uint64_t bytes : module.layer_buffers())
+    buffers.push_back(wire::CreateLayerBuffer(fbb, bytes));
+  const auto buffer_list = fbb.CreateVector(buffers);
   fbb.Finish(wire::CreateRegisterModule(fbb, name, region_list, tensor_list, rule_list,
-                                        held.version, &transaction, held.poisoned, held.selection));
+                                        held.version, &transaction, held.poisoned, held.selection,
+                                        held.asleep, buffer_list, residency_base));
   REFIT_TRY_ASSIGN(const wire::Reply* reply,
                    session.call(wire::Opcode::register_module, deadline, Expect::long_running));
   const auto* registered = reply->body_as_Registered();
@@ -104,19 +128,18 @@ Result<CheckReport> check(Session& session, const CheckRequest& request, Deadlin
   const auto module = fbb.CreateString(request.module);
   const auto list = fbb.CreateVector(expected);
   fbb.Finish(wire::CreateCheck(fbb, engine, module, static_cast<std::uint8_t>(request.kind), list,
-                               daemon_budget_us(deadline)));
+                               daemon_budget_us(deadline),
+                               static_cast<std::uint8_t>(request.place)));
   REFIT_TRY_ASSIGN(const wire::Reply* reply,
                    session.call(wire::Opcode::check, deadline, Expect::long_running));
   const auto* body = reply->body_as_Checked();
   if (body == nullptr) return wrong_body("check report");
   CheckReport report;
   report.verified = body->verified();
-  if (body->missing() != nullptr) {
-    for (const auto* name : *body->missing()) report.missing.emplace_back(view(name));
-  }
-  if (body->mismatched() != nullptr) {
-    for (const auto* name : *body->mismatched()) report.mismatched.emplace_back(view(name));
-  }
+  report.missing = names_from_wire(body->missing());
+  report.mismatched = names_from_wire(body->mismatched());
+  report.device_mismatched = names_from_wire(body->device_mismatched());
+  report.absent = names_from_wire(body->absent());
   report.state = static_cast<ModuleState>(body->state());
   report.version = body->version();
   return report;
@@ -128,18 +151,16 @@ Result<DigestReport> digest(Session& session, const DigestRequest& request, Dead
   const auto module = fbb.CreateString(request.module);
   const auto selection = fbb.CreateVectorOfStrings(request.selection);
   fbb.Finish(wire::CreateDigestQuery(fbb, engine, module, static_cast<std::uint8_t>(request.kind),
-                                     selection, request.per_module, daemon_budget_us(deadline)));
+                                     selection, request.per_module, daemon_budget_us(deadline),
+                                     static_cast<std::uint8_t>(request.place)));
   REFIT_TRY_ASSIGN(const wire::Reply* reply,
                    session.call(wire::Opcode::digest, deadline, Expect::long_running));
   const auto* body = reply->body_as_Digests();
   if (body == nullptr) return wrong_body("digest report");
   DigestReport report;
-  if (body->tensors() != nullptr) {
-    for (const auto* entry : *body->tensors()) {
-      report.tensors.emplace_back(std::string(view(entry->name())),
-                                  digest_from_wire(entry->value()));
-    }
-  }
+  report.tensors = digests_from_wire(body->tensors());
+  report.device = digests_from_wire(body->device());
+  report.absent = names_from_wire(body->absent());
   report.module = digest_from_wire(body->module_digest());
   report.state = static_cast<ModuleState>(body->state());
   report.version = body->version();

@@ -9,8 +9,10 @@
 namespace refit {
 
 /// Sends the regions' fds and the manifest; returns the module's slot among the state words.
+/// `residency_base` is the number of its first residency word.
 Result<std::uint32_t> register_module(Session& session, const ModuleSpec& module,
-                                      const HeldState& held, Deadline deadline);
+                                      const HeldState& held, Deadline deadline,
+                                      std::uint32_t residency_base = 0);
 Result<void> unregister_module(Session& session, const std::string& module, Deadline deadline);
 Result<CheckReport> check(Session& session, const CheckRequest& request, Deadline deadline);
 Result<DigestReport> digest(Session& session, const DigestRequest& request, Deadline deadline);

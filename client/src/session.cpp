@@ -105,21 +105,22 @@ std::string default_socket_path() {
 }
 
 Result<std::unique_ptr<Session>> Session::connect(Role role, const std::string& name,
-                                                  const ConnectOptions& options,
-                                                  Deadline deadline) {
+                                                  const ConnectOptions& options, Deadline deadline,
+                                                  bool asleep) {
   std::unique_ptr<Session> session(new Session);
   session->socket_path_ = options.socket_path.empty() ? default_socket_path() : options.socket_path;
   session->waiting_ = options.waiting;
   REFIT_TRY(check_socket_owner(session->socket_path_));
   REFIT_TRY_ASSIGN(session->socket_, connect_socket(session->socket_path_));
-  REFIT_TRY(session->shake_hands(role, name, deadline));
+  REFIT_TRY(session->shake_hands(role, name, deadline, asleep));
   return session;
 }
 
-Result<void> Session::shake_hands(Role role, const std::string& name, Deadline deadline) {
+Result<void> Session::shake_hands(Role role, const std::string& name, Deadline deadline,
+                                  bool asleep) {
   auto& hello = builder();
   hello.Finish(wire::CreateHello(hello, static_cast<std::uint8_t>(role), hello.CreateString(name),
-                                 static_cast<std::uint8_t>(waiting_)));
+                                 static_cast<std::uint8_t>(waiting_), asleep));
   const auto sent = send_message(socket_.get(), SocketMessage::hello, hello.GetBufferPointer(),
                                  hello.GetSize(), nullptr, 0);
   // A daemon that refused before it read anything has left its reason on the socket.

@@ -47,7 +47,8 @@ enum class Expect { brief, long_running };
 class Session : public Regions {
  public:
   static Result<std::unique_ptr<Session>> connect(Role role, const std::string& name,
-                                                  const ConnectOptions& options, Deadline deadline);
+                                                  const ConnectOptions& options, Deadline deadline,
+                                                  bool asleep = false);
 
   /// An empty builder for the next request; its buffer is reused.
   flatbuffers::FlatBufferBuilder& builder() {
@@ -85,7 +86,7 @@ class Session : public Regions {
 
  private:
   Session() = default;
-  Result<void> shake_hands(Role role, const std::string& name, Deadline deadline);
+  Result<void> shake_hands(Role role, const std::string& name, Deadline deadline, bool asleep);
   /// Takes replies off the ring until it is empty or holds the one for `request`.
   Result<const wire::Reply*> take(std::uint64_t request);
   /// The deadline passed: tells the daemon that nobody waits for `request` any more.

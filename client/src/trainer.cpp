@@ -52,6 +52,7 @@ class Trainer::Impl {
     report.phases = {phases->wait(), phases->gate(), phases->copy(), phases->check(),
                      phases->total()};
     report.replayed = body->replayed();
+    report.device_bytes = body->device_bytes();
     last_total_us_ = report.phases.total_us;
     return report;
   }

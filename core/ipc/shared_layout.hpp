@@ -18,6 +18,8 @@ namespace refit {
 
 inline constexpr std::uint32_t kRingSlots = 64;
 inline constexpr std::uint32_t kModulesMax = 64;
+/// Residency words of one session, for the layer buffers of all of its modules.
+inline constexpr std::uint32_t kLayerBuffersMax = 1024;
 inline constexpr std::size_t kRequestRegionBytes = std::size_t{4} << 20;
 inline constexpr std::size_t kResponseRegionBytes = std::size_t{4} << 20;
 /// The longest payload of one message; what does not fit is refused by its sender.
@@ -62,6 +64,8 @@ struct RequestRegion {
   /// Requests up to this id were given up by the client (its deadline passed).
   alignas(64) SharedWord<std::uint64_t> abandoned_request;
   alignas(64) Descriptor requests[kRingSlots];
+  /// Engine: where each layer buffer is now (ipc/residency_word.hpp).
+  alignas(64) SharedWord<std::uint64_t> residency[kLayerBuffersMax];
   alignas(4096) std::byte arena[1];  ///< the rest of the region
 };
 
@@ -95,8 +99,8 @@ constexpr std::uint64_t mix_all(Values... values) noexcept {
 
 /// FNV-1a over every offsetof and sizeof above. Golden in tests/unit/ipc/shared_layout_test.cpp.
 inline constexpr std::uint64_t kLayoutHash = detail::mix_all(
-    kRingSlots, kModulesMax, kRequestRegionBytes, kResponseRegionBytes, sizeof(Descriptor),
-    offsetof(Descriptor, opcode), offsetof(Descriptor, payload_bytes),
+    kRingSlots, kModulesMax, kLayerBuffersMax, kRequestRegionBytes, kResponseRegionBytes,
+    sizeof(Descriptor), offsetof(Descriptor, opcode), offsetof(Descriptor, payload_bytes),
     offsetof(Descriptor, request_id), offsetof(Descriptor, payload_offset),
     offsetof(Descriptor, payload_xxh3), sizeof(ModuleRecord),
     offsetof(ModuleRecord, transaction_high), offsetof(ModuleRecord, transaction_low),
@@ -105,10 +109,10 @@ inline constexpr std::uint64_t kLayoutHash = detail::mix_all(
     sizeof(RequestRegion), offsetof(RequestRegion, request_tail),
     offsetof(RequestRegion, response_head), offsetof(RequestRegion, client_awake),
     offsetof(RequestRegion, gate_answer), offsetof(RequestRegion, abandoned_request),
-    offsetof(RequestRegion, requests), offsetof(RequestRegion, arena), sizeof(ResponseRegion),
-    offsetof(ResponseRegion, response_tail), offsetof(ResponseRegion, request_head),
-    offsetof(ResponseRegion, daemon_awake), offsetof(ResponseRegion, gate),
-    offsetof(ResponseRegion, modules), offsetof(ResponseRegion, responses),
-    offsetof(ResponseRegion, payload));
+    offsetof(RequestRegion, requests), offsetof(RequestRegion, residency),
+    offsetof(RequestRegion, arena), sizeof(ResponseRegion), offsetof(ResponseRegion, response_tail),
+    offsetof(ResponseRegion, request_head), offsetof(ResponseRegion, daemon_awake),
+    offsetof(ResponseRegion, gate), offsetof(ResponseRegion, modules),
+    offsetof(ResponseRegion, responses), offsetof(ResponseRegion, payload));
 
 }  // namespace refit

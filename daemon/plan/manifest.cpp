@@ -68,6 +68,7 @@ bool overlaps_itself(const Dims& shape, const Dims& strides) {
 
 struct TensorCheck {
   const std::vector<RegionInfo>& regions;
+  const std::vector<std::uint64_t>& layer_buffers;
   const ManifestLimits& limits;
   Role role;
   std::vector<std::string>& problems;
@@ -107,6 +108,8 @@ struct TensorCheck {
              " dimensions");
     }
     check_box(tensor, report);
+    if (region_exists && regions[tensor.region].pool)
+      report("it lies in region " + number(tensor.region) + ", which is a pool");
     if (!usable) return std::nullopt;
 
     const RegionInfo& region = regions[tensor.region];
@@ -124,7 +127,25 @@ struct TensorCheck {
       report("strides " + shape_repr(tensor.strides) + " make shape " + shape_repr(tensor.shape) +
              " overlap itself, so it cannot be written");
     }
+    if (usable) check_layer(tensor, *span_bytes, report);
     return usable ? bytes : std::nullopt;
+  }
+
+  template <typename Report>
+  void check_layer(const TensorSpec& tensor, std::uint64_t span_bytes, const Report& report) const {
+    if (tensor.layer_buffer == kNoLayerBuffer) return;
+    if (tensor.layer_buffer >= layer_buffers.size()) {
+      report("layer buffer " + number(tensor.layer_buffer) + " does not exist, the manifest has " +
+             number(layer_buffers.size()));
+      return;
+    }
+    const std::uint64_t bytes = layer_buffers[tensor.layer_buffer];
+    const MaybeBytes end = checked_add(tensor.layer_offset_bytes, span_bytes);
+    if (!end || *end > bytes) {
+      report("its " + number(span_bytes) + " bytes at offset " + number(tensor.layer_offset_bytes) +
+             " leave layer buffer " + number(tensor.layer_buffer) + ", which has " + number(bytes) +
+             " bytes");
+    }
   }
 
   template <typename Report>
@@ -258,10 +279,13 @@ class ClusterSweep {
   const Placed* last_;
 };
 
-/// Where the tensors that have bytes lie, in order of memory and offset. `usable` may be null: all.
+enum class Where { regions, layer_buffers };
+
+/// Where the tensors that have bytes lie, in order of memory and offset; each layer buffer is a
+/// memory of its own. `usable` may be null: all.
 std::vector<Placed> place_tensors(const std::vector<TensorSpec>& tensors,
                                   const std::vector<RegionInfo>& regions,
-                                  const std::vector<bool>* usable) {
+                                  const std::vector<bool>* usable, Where where = Where::regions) {
   std::vector<Placed> placed;
   placed.reserve(tensors.size());
   for (std::size_t i = 0; i < tensors.size(); ++i) {
@@ -269,10 +293,16 @@ std::vector<Placed> place_tensors(const std::vector<TensorSpec>& tensors,
     if ((usable != nullptr && !(*usable)[i]) || is_empty(tensor.shape)) continue;
     const std::uint64_t element = element_bytes(tensor.dtype);
     const std::uint64_t span = *span_elements(tensor.shape, tensor.strides) * element;
+    const bool dense = span == *element_count(tensor.shape) * element;
+    if (where == Where::layer_buffers) {
+      if (tensor.layer_buffer == kNoLayerBuffer) continue;
+      placed.push_back({static_cast<std::uint32_t>(i), 0, tensor.layer_buffer,
+                        tensor.layer_offset_bytes, tensor.layer_offset_bytes + span, dense});
+      continue;
+    }
     const RegionInfo& region = regions[tensor.region];
     placed.push_back({static_cast<std::uint32_t>(i), region.device, region.inode,
-                      tensor.offset_bytes, tensor.offset_bytes + span,
-                      span == *element_count(tensor.shape) * element});
+                      tensor.offset_bytes, tensor.offset_bytes + span, dense});
   }
   std::sort(placed.begin(), placed.end(), [](const Placed& a, const Placed& b) {
     return std::tie(a.device, a.inode, a.begin, a.end, a.tensor) <
@@ -282,8 +312,15 @@ std::vector<Placed> place_tensors(const std::vector<TensorSpec>& tensors,
 }
 
 void check_overlaps(const std::vector<TensorSpec>& tensors, const std::vector<RegionInfo>& regions,
-                    const std::vector<bool>& usable, std::vector<std::string>& problems) {
-  const std::vector<Placed> placed = place_tensors(tensors, regions, &usable);
+                    const std::vector<bool>& usable, Where where,
+                    std::vector<std::string>& problems) {
+  const auto place_of = [where](const TensorSpec& tensor) {
+    return where == Where::regions
+               ? "offset " + number(tensor.offset_bytes) + " of region " + number(tensor.region)
+               : "offset " + number(tensor.layer_offset_bytes) + " of layer buffer " +
+                     number(tensor.layer_buffer);
+  };
+  const std::vector<Placed> placed = place_tensors(tensors, regions, &usable, where);
   for (std::size_t first = 0; first < placed.size();) {
     std::size_t last = first + 1;
     std::uint64_t reach = placed[first].end;
@@ -300,21 +337,32 @@ void check_overlaps(const std::vector<TensorSpec>& tensors, const std::vector<Re
         problems.push_back(
             subject(a, pair.a) + " and tensor " + quoted(b.name) +
             (pair.certain ? ": they overlap" : ": their strides interleave, and they may overlap") +
-            " (offset " + number(a.offset_bytes) + " of region " + number(a.region) +
-            " and offset " + number(b.offset_bytes) + " of region " + number(b.region) + ")");
+            " (" + place_of(a) + " and " + place_of(b) + ")");
       }
     }
     first = last;
   }
 }
 
+void check_pools(const std::vector<RegionInfo>& regions, std::vector<std::string>& problems) {
+  for (std::size_t i = 0; i < regions.size(); ++i) {
+    for (std::size_t k = 0; regions[i].pool && k < regions.size(); ++k) {
+      const bool same =
+          regions[i].device == regions[k].device && regions[i].inode == regions[k].inode;
+      // Of two pools the pair is named once.
+      if (i == k || !same || (regions[k].pool && k < i)) continue;
+      problems.push_back("manifest: region " + number(i) + ", a pool, and region " + number(k) +
+                         " are the same memory");
+    }
+  }
+}
+
 }  // namespace
 
-Result<std::shared_ptr<const Manifest>> Manifest::validate(std::string label, Role role,
-                                                           std::vector<TensorSpec> tensors,
-                                                           std::vector<RegionInfo> regions,
-                                                           std::vector<NameRule> name_map,
-                                                           const ManifestLimits& limits) {
+Result<std::shared_ptr<const Manifest>> Manifest::validate(
+    std::string label, Role role, std::vector<TensorSpec> tensors, std::vector<RegionInfo> regions,
+    std::vector<NameRule> name_map, const ManifestLimits& limits,
+    std::vector<std::uint64_t> layer_buffers) {
   std::vector<std::string> problems;
   const auto refuse = [&]() {
     std::sort(problems.begin(), problems.end());
@@ -331,6 +379,12 @@ Result<std::shared_ptr<const Manifest>> Manifest::validate(std::string label, Ro
   limit("tensors", tensors.size(), limits.tensors_max);
   limit("regions", regions.size(), limits.regions_max);
   limit("name rules", name_map.size(), limits.name_rules_max);
+  limit("layer buffers", layer_buffers.size(), limits.layer_buffers_max);
+  const bool pooled = std::any_of(regions.begin(), regions.end(),
+                                  [](const RegionInfo& region) { return region.pool; });
+  if (role != Role::engine && (pooled || !layer_buffers.empty())) {
+    problems.emplace_back("manifest: only an engine has pools and layer buffers");
+  }
   if (!problems.empty()) return refuse();
 
   std::shared_ptr<Manifest> manifest(new Manifest());
@@ -338,10 +392,11 @@ Result<std::shared_ptr<const Manifest>> Manifest::validate(std::string label, Ro
   manifest->tensors_ = std::move(tensors);
   manifest->regions_ = std::move(regions);
   manifest->name_map_ = std::move(name_map);
+  manifest->layer_buffers_ = std::move(layer_buffers);
   std::vector<TensorSpec>& list = manifest->tensors_;
 
   std::vector<bool> usable(list.size(), false);
-  TensorCheck check{manifest->regions_, limits, role, problems};
+  TensorCheck check{manifest->regions_, manifest->layer_buffers_, limits, role, problems};
   MaybeBytes bytes = 0;
   std::uint64_t name_bytes = 0;
   std::vector<bool> legal(list.size(), true);
@@ -412,7 +467,11 @@ Result<std::shared_ptr<const Manifest>> Manifest::validate(std::string label, Ro
     }
   }
 
-  if (role == Role::engine) check_overlaps(list, manifest->regions_, usable, problems);
+  if (role == Role::engine) {
+    check_overlaps(list, manifest->regions_, usable, Where::regions, problems);
+    check_overlaps(list, manifest->regions_, usable, Where::layer_buffers, problems);
+    check_pools(manifest->regions_, problems);
+  }
   if (!problems.empty()) return refuse();
   return std::shared_ptr<const Manifest>(std::move(manifest));
 }
@@ -424,10 +483,20 @@ std::vector<std::string> Manifest::shared_with(const Manifest& other) const {
     });
   });
   if (!common) return {};
+  std::vector<std::string> shared;
+  for (const RegionInfo& my_region : regions_) {
+    for (const RegionInfo& their_region : other.regions_) {
+      if (my_region.device != their_region.device || my_region.inode != their_region.inode ||
+          !(my_region.pool || their_region.pool)) {
+        continue;
+      }
+      shared.push_back("a pool of " + (my_region.pool ? label_ : other.label_) +
+                       " is also memory of " + (my_region.pool ? other.label_ : label_));
+    }
+  }
   const std::vector<Placed> mine = place_tensors(tensors_, regions_, nullptr);
   const std::vector<Placed> theirs = place_tensors(other.tensors_, other.regions_, nullptr);
   const auto memory = [](const Placed& one) { return std::tie(one.device, one.inode); };
-  std::vector<std::string> shared;
   // Neither list overlaps itself but for interleaved strides, so the two advance together.
   for (std::size_t a = 0, b = 0; a < mine.size() && b < theirs.size();) {
     const bool same_memory = memory(mine[a]) == memory(theirs[b]);

@@ -14,6 +14,7 @@
 #include <string_view>
 #include <vector>
 
+#include "ipc/shared_layout.hpp"
 #include "refit/result.hpp"
 #include "refit/types.hpp"
 
@@ -24,6 +25,7 @@ struct RegionInfo {
   std::uint64_t bytes = 0;
   std::uint64_t device = 0;  ///< st_dev
   std::uint64_t inode = 0;   ///< st_ino
+  bool pool = false;         ///< device places of layer buffers lie here, and no tensor
 };
 
 struct ManifestLimits {
@@ -33,6 +35,7 @@ struct ManifestLimits {
   std::size_t regions_max = 64;
   std::size_t name_rules_max = 256;
   std::size_t pattern_bytes_max = 1'024;
+  std::size_t layer_buffers_max = kLayerBuffersMax;
 };
 
 class Manifest {
@@ -51,16 +54,18 @@ class Manifest {
   /// every pair is listed. A manifest with too many tensors, regions or rules is refused before any
   /// of them is read.
   ///
+  /// An engine's layer buffers are given by their bytes. Their tensors lie apart in them as all do
+  /// in regions; no tensor lies in a pool, which is no other region's memory.
+  ///
   /// An empty tensor (one extent is zero) has no bytes; its offset may be the region's end.
   /// Allocates; may take as long as the name map's bounded work, so not on a thread that serves
   /// others.
   ///
   /// @param label  who registers, for messages: "engine/module" or "trainer/module".
-  static Result<std::shared_ptr<const Manifest>> validate(std::string label, Role role,
-                                                          std::vector<TensorSpec> tensors,
-                                                          std::vector<RegionInfo> regions,
-                                                          std::vector<NameRule> name_map,
-                                                          const ManifestLimits& limits = {});
+  static Result<std::shared_ptr<const Manifest>> validate(
+      std::string label, Role role, std::vector<TensorSpec> tensors,
+      std::vector<RegionInfo> regions, std::vector<NameRule> name_map,
+      const ManifestLimits& limits = {}, std::vector<std::uint64_t> layer_buffers = {});
 
   Manifest(const Manifest&) = delete;
   Manifest& operator=(const Manifest&) = delete;
@@ -70,13 +75,17 @@ class Manifest {
   [[nodiscard]] const std::vector<TensorSpec>& tensors() const noexcept { return tensors_; }
   [[nodiscard]] const std::vector<RegionInfo>& regions() const noexcept { return regions_; }
   [[nodiscard]] const std::vector<NameRule>& name_map() const noexcept { return name_map_; }
+  /// The bytes of each layer buffer.
+  [[nodiscard]] const std::vector<std::uint64_t>& layer_buffers() const noexcept {
+    return layer_buffers_;
+  }
   /// Bytes of all tensors (elements, not spans).
   [[nodiscard]] std::uint64_t bytes() const noexcept { return bytes_; }
   /// The tensor of that name, or nullptr.
   [[nodiscard]] const TensorSpec* find(std::string_view name) const noexcept;
 
-  /// One line for each pair of tensors that share memory across the two manifests, sorted. Of many
-  /// that overlap each other not every pair is listed.
+  /// One line for each pair of tensors that share memory across the two manifests, and for each
+  /// pool that both have, sorted. Of many that overlap each other not every pair is listed.
   [[nodiscard]] std::vector<std::string> shared_with(const Manifest& other) const;
 
   /// Which target a tensor becomes, by the name map; its own name as a whole where no rule matches.
@@ -93,6 +102,7 @@ class Manifest {
   std::vector<TensorSpec> tensors_;
   std::vector<RegionInfo> regions_;
   std::vector<NameRule> name_map_;
+  std::vector<std::uint64_t> layer_buffers_;
   std::uint64_t bytes_ = 0;
   /// Indices sorted by name. Not a hash table: a peer could choose names that collide.
   std::vector<std::uint32_t> by_name_;

@@ -97,7 +97,8 @@ class Compiler {
                   source_.label() + " does not fit " + target_.label() + ": " + count,
                   std::move(problems_));
     }
-    merge();
+    merge(plan_.copies);
+    merge(plan_.layer_copies);
     plan_.whole = plan_.targets.size() == target_.tensors().size();
     return std::move(plan_);
   }
@@ -122,6 +123,10 @@ class Compiler {
     std::uint32_t count = 0;
     for (const RegionInfo& region : target_.regions()) {
       const auto it = shared.find({region.device, region.inode});
+      if (it != shared.end() && region.pool) {
+        problems_.push_back("memory: a pool of " + target_.label() + " is also memory of " +
+                            source_.label());
+      }
       if (it != shared.end() && it->second == kPrivate) it->second = count++;
       target_memory_.push_back(it == shared.end() ? kPrivate : it->second);
     }
@@ -225,6 +230,7 @@ class Compiler {
       return;
     }
     plan_.bytes += elements * element_bytes(to.dtype);
+    if (to.layer_buffer != kNoLayerBuffer) plan_.layer_bytes += elements * element_bytes(to.dtype);
     for (const Piece& piece : pieces_) emit(target, piece);
   }
 
@@ -451,6 +457,10 @@ class Compiler {
     std::reverse(copy.loops.begin(), copy.loops.begin() + copy.loop_count);
     touch(target, piece.source, copy);
     plan_.copies.push_back(copy);
+    if (to.layer_buffer == kNoLayerBuffer) return;
+    copy.target_offset += to.layer_offset_bytes - to.offset_bytes;
+    copy.target_region = to.layer_buffer;
+    plan_.layer_copies.push_back(copy);
   }
 
   void touch(std::uint32_t target, std::uint32_t source, const Copy& copy) {
@@ -492,8 +502,7 @@ class Compiler {
     }
   }
 
-  void merge() {
-    std::vector<Copy>& copies = plan_.copies;
+  static void merge(std::vector<Copy>& copies) {
     const auto before = [](const Copy& a, const Copy& b) {
       return std::tie(a.target_region, a.target_offset) <
              std::tie(b.target_region, b.target_offset);

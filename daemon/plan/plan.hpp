@@ -55,6 +55,12 @@ struct Plan {
       targets;  ///< indices of the target tensors that are written, ascending
   std::uint64_t bytes = 0;
 
+  /// The same bytes for the device places: `target_region` is a layer buffer and `target_offset`
+  /// from its start, wherever that is. In order of both, merged; only of targets that are part of
+  /// one.
+  std::vector<Copy> layer_copies;
+  std::uint64_t layer_bytes = 0;
+
   /// True if every tensor of the target manifest is written.
   bool whole = false;
 

@@ -2,9 +2,12 @@
 
 #include <algorithm>
 #include <atomic>
+#include <mutex>
 
+#include "ipc/residency_word.hpp"
 #include "ipc/state_word.hpp"
 #include "memory/sigbus_guard.hpp"
+#include "plan/residency.hpp"
 #include "server/decode.hpp"
 
 namespace refit::daemon {
@@ -14,6 +17,9 @@ namespace {
 constexpr std::uint64_t kPartBytes = std::uint64_t{2} << 20;
 
 constexpr std::uint64_t kDeadlineUsMax = 3'600'000'000;
+
+/// How often a layer may move under one digest before it counts as absent.
+constexpr int kAttempts = 8;
 
 std::uint64_t bytes_of(const TensorSpec& spec) {
   std::uint64_t bytes = element_bytes(spec.dtype);
@@ -44,8 +50,14 @@ class Checker::CheckOperation final : public Operation {
   bool running = false;
   std::atomic<bool> cancelled{false};  ///< nobody waits for the rest: pool threads skip it
 
-  std::vector<TensorView> tensors;  ///< what is hashed
-  std::vector<Digest> digests;      ///< of tensors, by the same index
+  Place place = Place::host;
+
+  /// What is hashed: first places on the host, by name, then those on the device, by name. Device
+  /// places have no address here; one that is not there gets no digest (length 0).
+  std::vector<TensorView> tensors;
+  std::size_t host_count = 0;
+  std::vector<Digest> digests;  ///< of tensors, by the same index
+  std::vector<std::string> absent;
   bool per_module = false;
   Digest module_digest;
 
@@ -89,19 +101,13 @@ class Checker::HashJob final : public BackgroundJob {
     Hasher hasher(operation_.kind);
     for (std::size_t i = begins_[part]; i < end && !operation_.cancelled.load(); ++i) {
       const std::uint32_t index = order_[i];
-      Digest digest;
-      const bool whole = guarded(
-          [&] { digest = digest_tensor(hasher, operation_.kind, operation_.tensors[index]); });
-      if (!whole) {
-        // The hasher was left in the middle of a stream.
-        faulted_.store(true);
+      // After a fault the hasher was left in the middle of a stream.
+      if (!(index < operation_.host_count ? hash(hasher, index) : hash_device(hasher, index)))
         return;
-      }
-      operation_.digests[index] = digest;
     }
   }
 
-  void finished() override { operation_.owner.finish(operation_, faulted_.load()); }
+  void finished() override { operation_.owner.finish(operation_, error_); }
 
  private:
   HashJob(CheckOperation& operation, std::vector<std::uint32_t> order,
@@ -119,15 +125,64 @@ class Checker::HashJob final : public BackgroundJob {
     return run_guarded(ranges_.data(), ranges_.size(), body);
   }
 
+  bool fail(Error error) {
+    const std::lock_guard lock(mutex_);
+    if (!error_) error_ = std::move(error);
+    return false;
+  }
+  bool fault() {
+    return fail({Errc::memory_fault,
+                 0,
+                 operation_.registration->manifest->label() +
+                     ": the engine's memory faulted (SIGBUS) while it was hashed",
+                 {}});
+  }
+
+  bool hash(Hasher& hasher, std::uint32_t index) {
+    Digest digest;
+    const bool whole = guarded(
+        [&] { digest = digest_tensor(hasher, operation_.kind, operation_.tensors[index]); });
+    if (!whole) return fault();
+    operation_.digests[index] = digest;
+    return true;
+  }
+
+  /// The word is not trusted, but a stale one is found: its generation grows with every change, and
+  /// the engine stores it before it touches the bytes of a place that it gives up. The second load
+  /// must not be made before the bytes are read, which x86-64 does not do.
+  bool hash_device(Hasher& hasher, std::uint32_t index) {
+    const Registration& registration = *operation_.registration;
+    const TensorSpec& spec = *operation_.tensors[index].spec;
+    const SharedWord<std::uint64_t>& word =
+        operation_.engines.front()->memory->request_region().residency[registration.residency_base +
+                                                                       spec.layer_buffer];
+    for (int attempt = 0; attempt < kAttempts; ++attempt) {
+      const std::uint64_t before = word.load();
+      if (ResidencyWord::unpack(before).state == ResidencyState::unsaid) return true;
+      const auto place = read_place(*registration.manifest, spec.layer_buffer, before);
+      if (!place) return fail(place.error());
+      if (!place->resident) return true;
+      const TensorView view{&spec, registration.regions[place->region].data() + place->offset +
+                                       spec.layer_offset_bytes};
+      Digest digest;
+      if (!guarded([&] { digest = digest_tensor(hasher, operation_.kind, view); })) return fault();
+      if (word.load() != before) continue;
+      operation_.digests[index] = digest;
+      return true;
+    }
+    return true;
+  }
+
   void hash_module() {
     Hasher hasher(operation_.kind);
     std::vector<TensorView> sorted = operation_.tensors;
+    sorted.resize(operation_.host_count);
     sort_for_module_digest(sorted);
     for (const TensorView& tensor : sorted) {
       if (operation_.cancelled.load()) return;
       hasher.update(tensor.spec->name);
       if (!guarded([&] { update_with_elements(hasher, tensor); })) {
-        faulted_.store(true);
+        fault();
         return;
       }
     }
@@ -138,7 +193,8 @@ class Checker::HashJob final : public BackgroundJob {
   std::vector<std::uint32_t> order_;
   std::vector<std::uint32_t> begins_;  ///< of parts, into order_
   std::vector<GuardedRange> ranges_;
-  std::atomic<bool> faulted_{false};
+  std::mutex mutex_;
+  std::optional<Error> error_;  ///< guarded by mutex_ while parts run
 };
 
 Checker::Checker(Registry& registry, Scheduler& scheduler, Replies& replies,
@@ -149,14 +205,18 @@ Checker::~Checker() = default;
 
 Result<std::unique_ptr<Checker::CheckOperation>> Checker::prepare(
     Session& asker, std::uint64_t request_id, std::string_view engine_name,
-    std::string_view module_name, std::uint8_t kind, std::uint64_t deadline_us,
+    std::string_view module_name, std::uint8_t kind, std::uint8_t place, std::uint64_t deadline_us,
     Clock::time_point now) {
-  REFIT_TRY_ASSIGN(auto engine, registry_.engine_for(asker, engine_name));
+  REFIT_TRY_ASSIGN(auto engine, registry_.awake_engine_for(asker, engine_name));
   REFIT_TRY_ASSIGN(auto module, registry_.module_of(*engine, module_name));
   if (kind > static_cast<std::uint8_t>(DigestKind::xxh3)) {
     return fail(Errc::bad_argument, "digest kind " + std::to_string(kind) + " does not exist");
   }
+  if (place > static_cast<std::uint8_t>(Place::all)) {
+    return fail(Errc::bad_argument, "place " + std::to_string(place) + " does not exist");
+  }
   auto operation = std::make_unique<CheckOperation>(*this);
+  operation->place = static_cast<Place>(place);
   operation->session_id = asker.id;
   operation->request_id = request_id;
   operation->registration = module->registration;
@@ -167,12 +227,26 @@ Result<std::unique_ptr<Checker::CheckOperation>> Checker::prepare(
   return operation;
 }
 
+/// Takes what was asked for apart into places.
 void Checker::admit(std::unique_ptr<CheckOperation> operation) {
-  for (TensorView& tensor : operation->tensors) {
-    const TensorSpec& spec = *tensor.spec;
-    tensor.data = operation->registration->regions.empty()
-                      ? nullptr
-                      : operation->registration->regions[spec.region].data() + spec.offset_bytes;
+  const std::vector<TensorView> asked = std::exchange(operation->tensors, {});
+  const std::vector<Digest> expected = std::exchange(operation->expected, {});
+  const auto add = [&](std::size_t index, const std::byte* data) {
+    operation->tensors.push_back({asked[index].spec, data});
+    if (!expected.empty()) operation->expected.push_back(expected[index]);
+  };
+  const auto& regions = operation->registration->regions;
+  for (std::size_t i = 0; i < asked.size() && operation->place != Place::device; ++i) {
+    const TensorSpec& spec = *asked[i].spec;
+    add(i, regions.empty() ? nullptr : regions[spec.region].data() + spec.offset_bytes);
+  }
+  operation->host_count = operation->tensors.size();
+  for (std::size_t i = 0; i < asked.size() && operation->place != Place::host; ++i) {
+    if (asked[i].spec->layer_buffer == kNoLayerBuffer) {
+      operation->absent.push_back(asked[i].spec->name);
+    } else {
+      add(i, nullptr);
+    }
   }
   operation->digests.resize(operation->tensors.size());
   CheckOperation& admitted = *operation;
@@ -183,7 +257,7 @@ void Checker::admit(std::unique_ptr<CheckOperation> operation) {
 void Checker::begin_check(Session& asker, std::uint64_t request_id, const wire::Check& message,
                           Clock::time_point now) {
   auto prepared = prepare(asker, request_id, view(message.engine()), view(message.module_name()),
-                          message.kind(), message.deadline_us(), now);
+                          message.kind(), message.place(), message.deadline_us(), now);
   if (!prepared) return replies_.send_error(asker, request_id, prepared.error());
   CheckOperation& operation = **prepared;
   if (operation.kind == DigestKind::xxh3) {
@@ -247,7 +321,7 @@ void Checker::begin_check(Session& asker, std::uint64_t request_id, const wire::
 void Checker::begin_digest(Session& asker, std::uint64_t request_id,
                            const wire::DigestQuery& message, Clock::time_point now) {
   auto prepared = prepare(asker, request_id, view(message.engine()), view(message.module_name()),
-                          message.kind(), message.deadline_us(), now);
+                          message.kind(), message.place(), message.deadline_us(), now);
   if (!prepared) return replies_.send_error(asker, request_id, prepared.error());
   CheckOperation& operation = **prepared;
   const Manifest& manifest = *operation.registration->manifest;
@@ -260,6 +334,14 @@ void Checker::begin_digest(Session& asker, std::uint64_t request_id,
         {Errc::bad_argument,
          0,
          "a module's digest covers all of its tensors; ask for it without a selection",
+         {}});
+  }
+  if (operation.per_module && operation.place == Place::device) {
+    return replies_.send_error(
+        asker, request_id,
+        {Errc::bad_argument,
+         0,
+         "a module's digest covers all of its tensors, and not all have a place on the device",
          {}});
   }
   std::vector<std::string> unknown;
@@ -293,64 +375,91 @@ void Checker::hash(CheckOperation& operation) {
   background_.submit(HashJob::make(operation), BackgroundPool::Priority::last);
 }
 
-void Checker::finish(CheckOperation& operation, bool faulted) {
+void Checker::finish(CheckOperation& operation, const std::optional<Error>& error) {
   if (const auto asker = registry_.find(operation.session_id)) {
     if (operation.cancelled.load()) {
+      const Session& engine = *operation.engines.front();
       replies_.send_error(*asker, operation.request_id,
-                          {Errc::shutting_down, 0, "the daemon is shutting down", {}});
-    } else if (faulted) {
-      replies_.send_error(*asker, operation.request_id,
-                          {Errc::memory_fault,
-                           0,
-                           operation.registration->manifest->label() +
-                               ": the engine's memory faulted (SIGBUS) while it was hashed",
-                           {}});
-    } else if (operation.is_check) {
+                          engine.asleep
+                              ? asleep_error(engine)
+                              : Error{Errc::shutting_down, 0, "the daemon is shutting down", {}});
+    } else if (error) {
+      replies_.send_error(*asker, operation.request_id, *error);
+    } else if (note_absent(operation); operation.is_check) {
       reply_check(*asker, operation);
     } else {
       reply_digest(*asker, operation);
     }
   }
+  // What waits for the engine may want its memory gone (Sleeper).
+  operation.registration.reset();
   scheduler_.leave(operation);
   remove(operation);
 }
 
+/// Layers that were not there, or never long enough to be hashed.
+void Checker::note_absent(CheckOperation& operation) {
+  for (std::size_t i = operation.host_count; i < operation.tensors.size(); ++i) {
+    if (operation.digests[i].length == 0)
+      operation.absent.push_back(operation.tensors[i].spec->name);
+  }
+  std::sort(operation.absent.begin(), operation.absent.end());
+}
+
 void Checker::reply_check(Session& asker, const CheckOperation& operation) {
   std::vector<std::string> mismatched;
+  std::vector<std::string> device_mismatched;
+  std::vector<const TensorSpec*> seen;
+  std::vector<const TensorSpec*> wrong;
   for (std::size_t i = 0; i < operation.tensors.size(); ++i) {
-    if (operation.digests[i] != operation.expected[i])
-      mismatched.push_back(operation.tensors[i].spec->name);
+    const TensorSpec* spec = operation.tensors[i].spec;
+    const bool on_device = i >= operation.host_count;
+    if (on_device && operation.digests[i].length == 0) continue;
+    seen.push_back(spec);
+    if (operation.digests[i] == operation.expected[i]) continue;
+    wrong.push_back(spec);
+    (on_device ? device_mismatched : mismatched).push_back(spec->name);
   }
   std::sort(mismatched.begin(), mismatched.end());
+  std::sort(device_mismatched.begin(), device_mismatched.end());
+  const auto distinct = [](std::vector<const TensorSpec*>& specs) {
+    std::sort(specs.begin(), specs.end(), std::less<>());
+    return std::unique(specs.begin(), specs.end()) - specs.begin();
+  };
+  const auto verified = static_cast<std::uint32_t>(distinct(seen) - distinct(wrong));
   auto& fbb = replies_.builder();
   const auto missing_list = fbb.CreateVectorOfStrings(operation.missing);
   const auto mismatched_list = fbb.CreateVectorOfStrings(mismatched);
-  replies_.send(
-      asker, operation.request_id, wire::Body::Checked,
-      wire::CreateChecked(
-          fbb, static_cast<std::uint32_t>(operation.tensors.size() - mismatched.size()),
-          missing_list, mismatched_list, static_cast<std::uint8_t>(operation.reading.word.state),
-          operation.reading.version)
-          .Union());
+  const auto device_list = fbb.CreateVectorOfStrings(device_mismatched);
+  const auto absent_list = fbb.CreateVectorOfStrings(operation.absent);
+  replies_.send(asker, operation.request_id, wire::Body::Checked,
+                wire::CreateChecked(fbb, verified, missing_list, mismatched_list,
+                                    static_cast<std::uint8_t>(operation.reading.word.state),
+                                    operation.reading.version, device_list, absent_list)
+                    .Union());
 }
 
 void Checker::reply_digest(Session& asker, const CheckOperation& operation) {
   auto& fbb = replies_.builder();
   std::vector<flatbuffers::Offset<wire::TensorDigest>> list;
-  list.reserve(operation.tensors.size());
+  std::vector<flatbuffers::Offset<wire::TensorDigest>> on_device;
   for (std::size_t i = 0; i < operation.tensors.size(); ++i) {
+    const bool host = i < operation.host_count;
+    if (!host && operation.digests[i].length == 0) continue;
     const auto name = fbb.CreateString(operation.tensors[i].spec->name);
     const auto value =
         fbb.CreateVector(operation.digests[i].bytes.data(), operation.digests[i].length);
-    list.push_back(wire::CreateTensorDigest(fbb, name, value));
+    (host ? list : on_device).push_back(wire::CreateTensorDigest(fbb, name, value));
   }
   const auto tensors = fbb.CreateVector(list);
+  const auto device = fbb.CreateVector(on_device);
+  const auto absent = fbb.CreateVectorOfStrings(operation.absent);
   const auto module =
       fbb.CreateVector(operation.module_digest.bytes.data(), operation.module_digest.length);
   replies_.send(asker, operation.request_id, wire::Body::Digests,
                 wire::CreateDigests(fbb, tensors, module,
                                     static_cast<std::uint8_t>(operation.reading.word.state),
-                                    operation.reading.version)
+                                    operation.reading.version, device, absent)
                     .Union());
 }
 
@@ -396,6 +505,17 @@ void Checker::on_registration_end(Module& module) {
                                   " was registered anew while the check waited",
                               {}});
   }
+}
+
+void Checker::on_engine_sleep(Session& engine) {
+  const auto concerned = [&](const CheckOperation& one) {
+    return one.engines.front().get() == &engine;
+  };
+  for (const auto& operation : operations_) {
+    if (concerned(*operation)) operation->cancelled.store(true);
+  }
+  while (CheckOperation* operation = find_waiting(concerned))
+    fail_waiting(*operation, asleep_error(engine));
 }
 
 Clock::time_point Checker::next_deadline() const {

@@ -2,10 +2,12 @@
 //
 // The loop thread decides, the background pool hashes; tensors are hashed in parallel. A check
 // shares its engine with other checks and keeps refits out while it reads, so that what it reports
-// is one version.
+// is one version. It does not keep layers from moving: a device place counts if the engine's word
+// for it is the same before and after it was hashed; what moves all the time is absent.
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "digest/digest.hpp"
@@ -30,6 +32,9 @@ class Checker {
   /// A module's registration goes away: checks that wait for it are refused, one that runs finishes
   /// on the old memory.
   void on_registration_end(Module& module);
+  /// An engine gives its memory up: what waits for it is refused, what runs stops at its next
+  /// tensor.
+  void on_engine_sleep(Session& engine);
   Clock::time_point on_time(Clock::time_point now);
   [[nodiscard]] Clock::time_point next_deadline() const;
   [[nodiscard]] bool idle() const noexcept { return operations_.empty(); }
@@ -42,15 +47,16 @@ class Checker {
 
   Result<std::unique_ptr<CheckOperation>> prepare(Session& asker, std::uint64_t request_id,
                                                   std::string_view engine, std::string_view module,
-                                                  std::uint8_t kind, std::uint64_t deadline_us,
-                                                  Clock::time_point now);
+                                                  std::uint8_t kind, std::uint8_t place,
+                                                  std::uint64_t deadline_us, Clock::time_point now);
   void admit(std::unique_ptr<CheckOperation> operation);
   void hash(CheckOperation& operation);
-  void finish(CheckOperation& operation, bool faulted);
+  void finish(CheckOperation& operation, const std::optional<Error>& error);
   void fail_waiting(CheckOperation& operation, const Error& error);
   template <typename Predicate>
   CheckOperation* find_waiting(Predicate&& matches);
   void remove(CheckOperation& operation);
+  static void note_absent(CheckOperation& operation);
   void reply_check(Session& asker, const CheckOperation& operation);
   void reply_digest(Session& asker, const CheckOperation& operation);
 

@@ -101,9 +101,22 @@ Result<RegisterRequest> decode(const wire::RegisterModule& message, const Manife
   REFIT_TRY(bounded(count(message.tensors()), limits.tensors_max, request.module, "tensors"));
   REFIT_TRY(
       bounded(count(message.name_map()), limits.name_rules_max, request.module, "name rules"));
+  REFIT_TRY(bounded(count(message.layer_buffers()), limits.layer_buffers_max, request.module,
+                    "layer buffers"));
+  request.residency_base = message.residency_base();
+  if (message.layer_buffers() != nullptr) {
+    for (const auto* buffer : *message.layer_buffers())
+      request.layer_buffers.push_back(buffer->bytes());
+    if (request.residency_base > kLayerBuffersMax - request.layer_buffers.size()) {
+      return fail(Errc::bad_argument,
+                  request.module + ": " + std::to_string(request.layer_buffers.size()) +
+                      " residency words from number " + std::to_string(request.residency_base) +
+                      " on; a session has " + std::to_string(kLayerBuffersMax));
+    }
+  }
   if (message.regions() != nullptr) {
     for (const auto* region : *message.regions())
-      request.regions.push_back({region->ticket(), region->bytes()});
+      request.regions.push_back({region->ticket(), region->bytes(), region->pool()});
   }
   BoundedCopy copy;
   if (message.tensors() != nullptr) {
@@ -118,6 +131,8 @@ Result<RegisterRequest> decode(const wire::RegisterModule& message, const Manife
       spec.offset_bytes = tensor->offset();
       spec.global_shape = copy.dims(tensor->global_shape());
       spec.box_offset = copy.dims(tensor->box_offset());
+      spec.layer_buffer = tensor->layer_buffer();
+      spec.layer_offset_bytes = tensor->layer_offset();
       request.tensors.push_back(std::move(spec));
     }
   }
@@ -136,6 +151,7 @@ Result<RegisterRequest> decode(const wire::RegisterModule& message, const Manife
   request.transaction = from_wire(message.transaction());
   request.poisoned = message.poisoned();
   request.selection = message.selection();
+  request.asleep = message.asleep();
   return request;
 }
 

@@ -29,6 +29,7 @@ Result<std::vector<std::string>> decode_tensor_names(const Names* names, const c
 struct RegionClaim {
   std::uint64_t ticket = 0;
   std::uint64_t bytes = 0;
+  bool pool = false;
 };
 
 struct RegisterRequest {
@@ -40,6 +41,9 @@ struct RegisterRequest {
   TransactionId transaction;
   bool poisoned = false;
   std::uint64_t selection = 0;
+  bool asleep = false;                       ///< no memory: name and state alone
+  std::vector<std::uint64_t> layer_buffers;  ///< their bytes
+  std::uint32_t residency_base = 0;
 };
 Result<RegisterRequest> decode(const wire::RegisterModule& message, const ManifestLimits& limits);
 

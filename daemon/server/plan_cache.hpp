@@ -4,6 +4,7 @@
 // The loop thread alone. An entry lives as long as both of its registrations are the current ones.
 #pragma once
 
+#include <deque>
 #include <memory>
 #include <string_view>
 #include <vector>
@@ -11,10 +12,20 @@
 #include "ipc/wire.hpp"
 #include "memory/copy_pool.hpp"
 #include "plan/plan.hpp"
+#include "plan/residency.hpp"
 #include "server/decode.hpp"
 #include "server/session.hpp"
 
 namespace refit::daemon {
+
+/// The copies into the device place of one layer buffer, which begins elsewhere in every gate.
+struct LayerCopies {
+  std::uint32_t buffer = 0;
+  std::size_t first = 0;  ///< of BoundPlan::layer_ops
+  std::size_t count = 0;
+  bool resident = false;  ///< set by settle()
+  CopyJob job;
+};
 
 /// A plan with addresses in it. Keeps both registrations mapped while anybody holds it.
 struct BoundPlan {
@@ -25,6 +36,21 @@ struct BoundPlan {
   std::uint64_t selection_hash = 0;  ///< of the names of the tensors that it writes; never 0
   std::vector<CopyOp> ops;
   CopyJob job;
+
+  /// Of plan.layer_copies, by the same index; their targets count from the buffer's start until
+  /// settle() has put them where it is.
+  std::vector<CopyOp> layer_ops;
+  std::deque<LayerCopies> layers;
+  LayerPlaces places;
+  std::vector<std::uint64_t> residency_words;
+  std::uint64_t device_bytes = 0;  ///< of the resident layers; set by settle()
+
+  BoundPlan(std::shared_ptr<Registration> from, std::shared_ptr<Registration> to)
+      : source(std::move(from)), target(std::move(to)), places(*target->manifest) {}
+
+  /// Reads where the engine's layers are, once, and points the copies there. Only while the engine
+  /// holds still. Errors: Errc::bad_region; then nothing may be written. Allocates for those only.
+  [[nodiscard]] Result<void> settle(const RequestRegion& engine);
 };
 
 /// True if `held` are the names that a message asks for; none asked for is an empty list.

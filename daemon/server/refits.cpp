@@ -71,6 +71,8 @@ class Refits::Refit final : public Operation, public Completion {
   Transaction transaction;
   Clock::time_point arrived, started, gated, wrote, deadline;
   std::uint64_t bytes = 0;
+  std::uint64_t moved_bytes_max = 0;  ///< with every layer resident
+  std::uint64_t device_bytes = 0;     ///< of the layers that are, once the engine holds still
   std::uint32_t tensors = 0;
 
   // Shared with pool threads.
@@ -196,6 +198,8 @@ Result<void> Refits::resolve(Refit& refit, Session& trainer, const wire::Refit& 
     return fail(Errc::quota, "a refit takes at most " + std::to_string(kModulesMax) + " targets");
 
   refit.bytes = 0;
+  refit.moved_bytes_max = 0;
+  refit.device_bytes = 0;
   refit.tensors = 0;
   std::vector<Error> problems;
   for (const auto* wanted : *targets) {
@@ -207,7 +211,7 @@ Result<void> Refits::resolve(Refit& refit, Session& trainer, const wire::Refit& 
 }
 
 Result<void> Refits::resolve_target(Refit& refit, Session& trainer, const wire::Target& wanted) {
-  REFIT_TRY_ASSIGN(auto engine, registry_.engine_for(trainer, view(wanted.engine())));
+  REFIT_TRY_ASSIGN(auto engine, registry_.awake_engine_for(trainer, view(wanted.engine())));
   REFIT_TRY_ASSIGN(auto module, registry_.module_of(*engine, view(wanted.module_name())));
   REFIT_TRY_ASSIGN(auto source, registry_.module_of(trainer, view(wanted.source())));
   REFIT_TRY_ASSIGN(auto plan, plans_.get(source->registration, module->registration,
@@ -217,6 +221,7 @@ Result<void> Refits::resolve_target(Refit& refit, Session& trainer, const wire::
       return fail(Errc::bad_argument, engine->name + "/" + module->name + " is named twice");
   }
   refit.bytes += plan->plan.bytes;
+  refit.moved_bytes_max += plan->plan.bytes + plan->plan.layer_bytes;
   refit.tensors += static_cast<std::uint32_t>(plan->plan.targets.size());
   // Engines in name order: two transactions over the same engines never wait for each other
   // crosswise.
@@ -298,12 +303,12 @@ void Refits::open_gates(Refit& refit) {
     refit.transaction.add_module(target.engine, block, read_module(block).version + 1,
                                  target.plan->selection_hash);
   }
-  const std::uint8_t flags =
-      static_cast<std::uint8_t>((refit.bytes > kInlineCopyBytesMax ? GateWord::kLongCopy : 0) |
-                                (refit.reset_caches ? GateWord::kResetCaches : 0));
+  const std::uint8_t flags = static_cast<std::uint8_t>(
+      (refit.moved_bytes_max > kInlineCopyBytesMax ? GateWord::kLongCopy : 0) |
+      (refit.reset_caches ? GateWord::kResetCaches : 0));
   refit.transaction.prepare(flags);
   wake_engines(refit);
-  if (refit.bytes <= kInlineCopyBytesMax) prefetch(refit);
+  if (refit.moved_bytes_max <= kInlineCopyBytesMax) prefetch(refit);
   wait_briefly(refit);
 }
 
@@ -363,6 +368,7 @@ void Refits::on_readiness(Refit& refit) {
       // Nobody waits for a refit whose time is over: its trainer may be changing the source
       // already.
       if (refit.gated >= refit.deadline || abandoned(refit)) return fail_late(refit);
+      if (auto settled = settle(refit); !settled) return fail_refit(refit, settled.error());
       if (refit.transaction.begin_writing()) return write(refit);
   }
   std::string who;
@@ -399,6 +405,17 @@ void Refits::fail_late(Refit& refit) {
   fail_refit(refit, {Errc::engine_not_ready, 0, what + "; nothing was changed", {}});
 }
 
+/// Where the engines' layers are, which they say before they answer ready and keep until they are
+/// let go. An engine that steps back after this is seen by begin_writing.
+Result<void> Refits::settle(Refit& refit) {
+  refit.device_bytes = 0;
+  for (const Target& target : refit.targets) {
+    REFIT_TRY(target.plan->settle(refit.engines[target.engine]->memory->request_region()));
+    refit.device_bytes += target.plan->device_bytes;
+  }
+  return {};
+}
+
 // ---- writing
 
 void Refits::write(Refit& refit) {
@@ -412,25 +429,45 @@ void Refits::write(Refit& refit) {
   }
   test_point("writing.half");
 #endif
-  if (refit.bytes <= kInlineCopyBytesMax) {
+  if (refit.moved_bytes_max <= kInlineCopyBytesMax) {
     for (const Target& target : refit.targets) {
-      if (copy_inline(target.plan->ops.data(), target.plan->ops.size()).status != CopyStatus::ok)
-        refit.faulted.store(true);
+      BoundPlan& plan = *target.plan;
+      const auto copy = [&](const CopyOp* ops, std::size_t count) {
+        if (copy_inline(ops, count).status != CopyStatus::ok) refit.faulted.store(true);
+      };
+      copy(plan.ops.data(), plan.ops.size());
+      for (const LayerCopies& layer : plan.layers) {
+        if (layer.resident) copy(plan.layer_ops.data() + layer.first, layer.count);
+      }
     }
     return copied(refit);
   }
-  refit.jobs_left.store(refit.targets.size());
-  for (const Target& target : refit.targets) {
-    target.plan->job.on_done(
+  // One more than there are, so that the last of them cannot end before all are submitted.
+  refit.jobs_left.store(1);
+  const auto submit = [&](CopyJob& job) {
+    refit.jobs_left.fetch_add(1);
+    job.on_done(
         [](void* context, CopyOutcome outcome) {
           auto& self = *static_cast<Refit*>(context);
           test_point("copy.ended");
           if (outcome.status != CopyStatus::ok) self.faulted.store(true);
-          if (self.jobs_left.fetch_sub(1) == 1) self.owner.completions_.push(self);
+          self.owner.job_done(self);
         },
         &refit);
-    copy_pool_.submit(target.plan->job);
+    copy_pool_.submit(job);
+  };
+  for (const Target& target : refit.targets) {
+    submit(target.plan->job);
+    for (LayerCopies& layer : target.plan->layers) {
+      if (layer.resident) submit(layer.job);
+    }
   }
+  job_done(refit);
+}
+
+/// Any pool thread, and the loop once.
+void Refits::job_done(Refit& refit) {
+  if (refit.jobs_left.fetch_sub(1) == 1) completions_.push(refit);
 }
 
 /// Every byte is there, or the memory faulted.
@@ -475,7 +512,7 @@ void Refits::reply(Refit& refit) {
   const Session* lost = nullptr;
   for (const Target& target : refit.targets) {
     const Session& engine = *refit.engines[target.engine];
-    if (died(engine, refit.bytes)) lost = &engine;
+    if (died(engine, refit.moved_bytes_max)) lost = &engine;
     const std::uint64_t committed = read_module(block_of(refit, target)).version;
     version = std::max(version, committed);
     Module& module = *target.module;
@@ -501,7 +538,7 @@ void Refits::reply(Refit& refit) {
     replies_.send(*trainer, refit.request_id, wire::Body::Refitted,
                   wire::CreateRefitted(fbb, version, refit.bytes, refit.tensors,
                                        static_cast<std::uint8_t>(Guarantee::atomic), &phases,
-                                       refit.sent_again)
+                                       refit.sent_again, refit.device_bytes)
                       .Union());
   }
   release_engines(refit);
@@ -561,6 +598,19 @@ void Refits::on_session_end(Session& session) {
   }
   for (const auto& [name, module] : session.modules)
     plans_.forget(module->registration->generation);
+}
+
+bool Refits::on_engine_sleep(Session& engine) {
+  const auto uses = [&](const Refit& refit) {
+    return std::any_of(refit.engines.begin(), refit.engines.end(),
+                       [&](const auto& one) { return one.get() == &engine; });
+  };
+  const bool being_written = std::any_of(active_.begin(), active_.end(), [&](const auto& refit) {
+    return refit->phase == Phase::writing && uses(*refit);
+  });
+  if (being_written) return false;
+  while (Refit* refit = find_waiting(uses)) fail_refit(*refit, asleep_error(engine));
+  return true;
 }
 
 bool Refits::on_registration_end(Session& session, Module& module) {

@@ -35,6 +35,8 @@ class Refits {
   void on_session_end(Session& session);
   /// A module's registration goes away. False if a refit is writing it.
   bool on_registration_end(Session& session, Module& module);
+  /// An engine gives its memory up: what waits for it is refused. False if a refit is writing it.
+  bool on_engine_sleep(Session& engine);
   /// Fails what has waited too long; returns when to be called again (max: nothing waits).
   Clock::time_point on_time(Clock::time_point now);
   /// The earliest deadline of a waiting refit.
@@ -76,7 +78,9 @@ class Refits {
   static void prefetch(const Refit& refit);
   void wait_briefly(Refit& refit);
   void on_readiness(Refit& refit);
+  static Result<void> settle(Refit& refit);
   void write(Refit& refit);
+  void job_done(Refit& refit);
   void copied(Refit& refit);
   void reply(Refit& refit);
   void fail_refit(Refit& refit, const Error& error);

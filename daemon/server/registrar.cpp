@@ -142,6 +142,7 @@ Result<Registrar::Mapped> Registrar::map_fds(const Session& session, const Regis
     if (!fds[i]) continue;
     auto done = map_fd(fds[i].get(), request.regions[i].bytes, access_of(session),
                        region_label(session, request, i), mapped);
+    if (done) mapped.infos.back().pool = request.regions[i].pool;
     if (!done) problems.push_back(std::move(done).error());
   }
   if (!problems.empty()) return several(std::move(problems));
@@ -182,6 +183,7 @@ Result<std::shared_ptr<Module>> Registrar::place(Session& session, const Registe
     if (session.role != Role::engine || holder->role != Role::engine) continue;
     for (const auto& [name, other] : holder->modules) {
       if (id == session.id && name == request.module) continue;
+      if (other->registration->asleep) continue;  // its memory may be anybody's by now
       const auto lines = registration->manifest->shared_with(*other->registration->manifest);
       shared.insert(shared.end(), lines.begin(), lines.end());
     }
@@ -222,15 +224,18 @@ void Registrar::register_module(Session& session, std::uint64_t request_id,
   }
   auto request = decode(message, ManifestLimits{});
   if (!request) return refuse(request.error());
+  if (request->asleep) return register_asleep(session, request_id, *request);
   auto mapped = map_regions(session, *request);
   if (!mapped) return refuse(mapped.error());
 
-  auto manifest = Manifest::validate(session.name + "/" + request->module, session.role,
-                                     std::move(request->tensors), std::move(mapped->infos),
-                                     std::move(request->name_map));
+  auto manifest =
+      Manifest::validate(session.name + "/" + request->module, session.role,
+                         std::move(request->tensors), std::move(mapped->infos),
+                         std::move(request->name_map), {}, std::move(request->layer_buffers));
   if (!manifest) return refuse(manifest.error());
   auto registration = std::make_shared<Registration>();
   registration->manifest = std::move(*manifest);
+  registration->residency_base = request->residency_base;
   registration->regions = std::move(mapped->mappings);
   registration->generation = next_generation_++;
   auto module = place(session, *request, registration);
@@ -263,6 +268,32 @@ void Registrar::register_module(Session& session, std::uint64_t request_id,
                       wire::CreateRegistered(fbb, registration->generation, took_us, slot).Union());
       });
   background_.submit(std::move(job), BackgroundPool::Priority::first);
+}
+
+/// A module of an engine that slept while its last daemon went: what is known of it, without
+/// memory.
+void Registrar::register_asleep(Session& session, std::uint64_t request_id,
+                                const RegisterRequest& request) {
+  const auto refuse = [&](const Error& error) { replies_.send_error(session, request_id, error); };
+  if (!session.asleep || !request.regions.empty() || !request.tensors.empty()) {
+    return refuse({Errc::bad_argument,
+                   0,
+                   session.name + "/" + request.module + " is registered asleep, but " +
+                       (session.asleep ? "with memory" : "its engine is awake"),
+                   {}});
+  }
+  auto manifest = Manifest::validate(session.name + "/" + request.module, session.role, {}, {}, {});
+  if (!manifest) return refuse(manifest.error());
+  auto registration = std::make_shared<Registration>();
+  registration->manifest = std::move(*manifest);
+  registration->asleep = true;
+  auto module = place(session, request, std::move(registration));
+  if (!module) return refuse(module.error());
+  const std::uint32_t slot = (*module)->slot;
+  write_initial_words(session.memory->response_region().modules[slot], request);
+  auto& fbb = replies_.builder();
+  replies_.send(session, request_id, wire::Body::Registered,
+                wire::CreateRegistered(fbb, 0, 0, slot).Union());
 }
 
 void Registrar::unregister_module(Session& session, std::uint64_t request_id,

@@ -43,6 +43,7 @@ class Registrar {
   void drop_later(std::shared_ptr<Registration> registration);
 
  private:
+  void register_asleep(Session& session, std::uint64_t request_id, const RegisterRequest& request);
   struct Mapped {
     std::vector<Mapping> mappings;
     std::vector<RegionInfo> infos;

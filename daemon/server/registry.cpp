@@ -6,6 +6,15 @@
 
 namespace refit::daemon {
 
+Error asleep_error(const Session& engine) {
+  return {Errc::engine_asleep,
+          0,
+          "engine " + engine.name +
+              " sleeps; its memory is given up until it wakes (Engine::wake). Nothing was changed; "
+              "ask again then",
+          {}};
+}
+
 Result<std::shared_ptr<Session>> Registry::engine_for(const Session& asker,
                                                       std::string_view name) const {
   if (auto engine = find_engine(asker.peer.uid, name)) return engine;
@@ -23,6 +32,13 @@ Result<std::shared_ptr<Session>> Registry::engine_for(const Session& asker,
   return fail(Errc::no_such_engine, "no engine is registered as " + quoted(name) +
                                         (known.empty() ? "; no engine of this uid is connected"
                                                        : "; engines of this uid: " + known));
+}
+
+Result<std::shared_ptr<Session>> Registry::awake_engine_for(const Session& asker,
+                                                            std::string_view name) const {
+  REFIT_TRY_ASSIGN(auto engine, engine_for(asker, name));
+  if (engine->asleep) return Unexpected(asleep_error(*engine));
+  return engine;
 }
 
 Result<std::shared_ptr<Module>> Registry::module_of(const Session& engine,

@@ -11,6 +11,9 @@
 
 namespace refit::daemon {
 
+/// What is said of everything that wants the memory of an engine that sleeps.
+[[nodiscard]] Error asleep_error(const Session& engine);
+
 class Registry {
  public:
   std::map<std::uint64_t, std::shared_ptr<Session>> sessions;
@@ -33,6 +36,10 @@ class Registry {
   /// uid has.
   [[nodiscard]] Result<std::shared_ptr<Session>> engine_for(const Session& asker,
                                                             std::string_view name) const;
+
+  /// engine_for, and awake: Errc::engine_asleep for one that gave its memory up.
+  [[nodiscard]] Result<std::shared_ptr<Session>> awake_engine_for(const Session& asker,
+                                                                  std::string_view name) const;
 
   /// The module of an engine that `asker` may use.
   [[nodiscard]] Result<std::shared_ptr<Module>> module_of(const Session& engine,

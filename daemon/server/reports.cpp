@@ -14,10 +14,10 @@ void reply_status(Replies& replies, Session& asker, std::uint64_t request_id,
   std::vector<flatbuffers::Offset<wire::ModuleStatus>> modules;
   for (const auto& [id, session] : registry.sessions) {
     const auto name = fbb.CreateString(session->name);
-    sessions.push_back(
-        wire::CreateSessionStatus(fbb, id, static_cast<std::uint8_t>(session->role), name,
-                                  session->peer.uid, static_cast<std::uint32_t>(session->peer.pid),
-                                  static_cast<std::uint32_t>(session->modules.size())));
+    sessions.push_back(wire::CreateSessionStatus(
+        fbb, id, static_cast<std::uint8_t>(session->role), name, session->peer.uid,
+        static_cast<std::uint32_t>(session->peer.pid),
+        static_cast<std::uint32_t>(session->modules.size()), session->asleep));
     if (session->role != Role::engine) continue;
     for (const auto& [module_name, module] : session->modules) {
       const ModuleReading reading =
@@ -32,7 +32,7 @@ void reply_status(Replies& replies, Session& asker, std::uint64_t request_id,
           fbb, name, module_text, static_cast<std::uint8_t>(reading.word.state), reading.version,
           source, &transaction, static_cast<std::uint32_t>(registration.manifest->tensors().size()),
           registration.manifest->bytes(), module->refits, &last, module->last_bytes,
-          registration.populated));
+          registration.populated, registration.asleep));
     }
   }
   const auto version = fbb.CreateString(kVersion);
@@ -64,7 +64,7 @@ void reply_tensors(Replies& replies, Session& asker, std::uint64_t request_id,
     const auto box_offset = fbb.CreateVector(spec.box_offset);
     tensors.push_back(wire::CreateTensor(fbb, name, static_cast<std::uint8_t>(spec.dtype), shape,
                                          strides, spec.region, spec.offset_bytes, global_shape,
-                                         box_offset));
+                                         box_offset, spec.layer_buffer, spec.layer_offset_bytes));
   }
   const auto list = fbb.CreateVector(tensors);
   replies.send(asker, request_id, wire::Body::TensorList,

@@ -28,6 +28,7 @@ struct Hello {
   Role role;
   std::string name;
   Waiting waiting;
+  bool asleep;
 };
 
 namespace {
@@ -93,7 +94,7 @@ Result<Hello> decode_hello(const ReceivedMessage& message) {
     return fail(Errc::bad_argument, "HELLO names a waiting mode that does not exist");
   REFIT_TRY_ASSIGN(std::string name, decode_name(hello->name(), "session"));
   return Hello{static_cast<Role>(hello->role()), std::move(name),
-               static_cast<Waiting>(hello->waiting())};
+               static_cast<Waiting>(hello->waiting()), hello->asleep()};
 }
 
 /// The peer closed its socket or died, whether or not the loop knows.
@@ -134,12 +135,19 @@ Result<void> Server::set_up() {
   refits_ = std::make_unique<Refits>(registry_, scheduler_, replies_, *copy_pool_, completions_,
                                      options_.waiting);
   checker_ = std::make_unique<Checker>(registry_, scheduler_, replies_, *background_);
+  sleeper_ = std::make_unique<Sleeper>(registry_, scheduler_, replies_, *background_);
   // Only noted: whoever replies may be in the middle of changing what the end of a session changes.
   replies_.overrun = [this](Session& session) { overrun_.push_back(session.id); };
   registrar_->drain_tickets = [this](Session& session) { drain_tickets(session); };
   registrar_->release_module = [this](Session& session, Module& module) {
     if (!refits_->on_registration_end(session, module)) return false;
     checker_->on_registration_end(module);
+    return true;
+  };
+  sleeper_->release_module = registrar_->release_module;
+  sleeper_->release_engine = [this](Session& engine) {
+    if (!refits_->on_engine_sleep(engine)) return false;
+    checker_->on_engine_sleep(engine);
     return true;
   };
 
@@ -381,6 +389,7 @@ Result<std::shared_ptr<Session>> Server::admit(Connecting& connecting, const Hel
       Session::open(next_session_++,
                     UniqueFd::adopt(::fcntl(connecting.socket.get(), F_DUPFD_CLOEXEC, 3)), peer,
                     std::move(pidfd), hello.role, hello.name, options_.waiting, own_pidfd_.get()));
+  session->asleep = hello.asleep && hello.role == Role::engine;
   REFIT_TRY(watch(session));
   if (hello.waiting == Waiting::always) {
     session->spins = true;
@@ -516,6 +525,7 @@ void Server::end_session(Session& session, const std::string& reason) {
   if (session.spins) --spinning_sessions_;
   refits_->on_session_end(session);
   checker_->on_session_end(session);
+  sleeper_->on_session_end(session);
   discard_tickets(session, Clock::time_point::max());
   // The peer sees the end at once, also when a refit still holds the session.
   ::shutdown(session.socket.get(), SHUT_RDWR);
@@ -611,6 +621,12 @@ void Server::dispatch(Session& session, const Session::Request& request) {
       return with_message<wire::TensorsQuery>(session, request, [&](const auto& message) {
         reply_tensors(replies_, session, request.id, registry_, message);
       });
+    case wire::Opcode::sleep:
+      return with_message<wire::Sleep>(session, request,
+                                       [&](const auto&) { sleeper_->sleep(session, request.id); });
+    case wire::Opcode::wake:
+      return with_message<wire::Wake>(session, request,
+                                      [&](const auto&) { sleeper_->wake(session, request.id); });
   }
   violate(session,
           "opcode " + std::to_string(static_cast<unsigned>(request.opcode)) + " does not exist");

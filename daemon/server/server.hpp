@@ -20,6 +20,7 @@
 #include "server/registry.hpp"
 #include "server/replies.hpp"
 #include "server/scheduler.hpp"
+#include "server/sleeper.hpp"
 #include "server/watchdog.hpp"
 
 namespace refit::daemon {
@@ -87,6 +88,7 @@ class Server {
   std::unique_ptr<Registrar> registrar_;
   std::unique_ptr<Refits> refits_;
   std::unique_ptr<Checker> checker_;
+  std::unique_ptr<Sleeper> sleeper_;
 
   struct EventUnref {
     void operator()(sd_event* event) const noexcept { sd_event_unref(event); }

@@ -58,7 +58,10 @@ struct Registration {
   std::shared_ptr<const Manifest> manifest;
   std::vector<Mapping> regions;
   std::uint64_t generation = 0;  ///< unique in this daemon's life
+  std::uint32_t residency_base =
+      0;  ///< of its layer buffers' words in the session's request region
   bool populated = false;
+  bool asleep = false;  ///< a sleeping engine's: the memory was given up, only the manifest is left
 };
 
 /// The phases of a refit in microseconds, as the wire has them.
@@ -169,6 +172,7 @@ class Session {
 
   // engines only
   EngineLock lock;
+  bool asleep = false;  ///< refits, checks and digests are refused
   std::uint64_t gate_epoch = 0;
   float last_gate_us =
       0;  ///< how long the engine took to answer last; says whether reading for it is worth while

@@ -6,6 +6,7 @@
 #include <sys/socket.h>
 #include <sys/un.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdio>
 #include <cstdlib>
@@ -212,18 +213,22 @@ std::optional<RawClient::Reply> RawClient::call(wire::Opcode opcode, const Bytes
 }
 
 Bytes register_message(const std::string& module, const std::vector<RawRegion>& regions,
-                       const std::vector<TensorSpec>& tensors, const std::vector<NameRule>& rules) {
+                       const std::vector<TensorSpec>& tensors, const std::vector<NameRule>& rules,
+                       const RawLayers& layers) {
   flatbuffers::FlatBufferBuilder fbb;
   std::vector<flatbuffers::Offset<wire::Region>> region_list;
-  for (const RawRegion& region : regions)
-    region_list.push_back(wire::CreateRegion(fbb, region.ticket, region.bytes));
+  for (std::uint32_t i = 0; i < regions.size(); ++i) {
+    const bool pool = std::count(layers.pools.begin(), layers.pools.end(), i) > 0;
+    region_list.push_back(wire::CreateRegion(fbb, regions[i].ticket, regions[i].bytes, pool));
+  }
   std::vector<flatbuffers::Offset<wire::Tensor>> tensor_list;
   for (const TensorSpec& spec : tensors) {
     const auto name = fbb.CreateString(spec.name);
     const auto shape = fbb.CreateVector(spec.shape);
     const auto strides = fbb.CreateVector(spec.strides);
     tensor_list.push_back(wire::CreateTensor(fbb, name, static_cast<std::uint8_t>(spec.dtype),
-                                             shape, strides, spec.region, spec.offset_bytes));
+                                             shape, strides, spec.region, spec.offset_bytes, 0, 0,
+                                             spec.layer_buffer, spec.layer_offset_bytes));
   }
   std::vector<flatbuffers::Offset<wire::NameRule>> rule_list;
   for (const NameRule& rule : rules) {
@@ -235,7 +240,12 @@ Bytes register_message(const std::string& module, const std::vector<RawRegion>& 
   const auto all_regions = fbb.CreateVector(region_list);
   const auto all_tensors = fbb.CreateVector(tensor_list);
   const auto all_rules = fbb.CreateVector(rule_list);
-  fbb.Finish(wire::CreateRegisterModule(fbb, name, all_regions, all_tensors, all_rules));
+  std::vector<flatbuffers::Offset<wire::LayerBuffer>> buffer_list;
+  for (const std::uint64_t bytes : layers.buffer_bytes)
+    buffer_list.push_back(wire::CreateLayerBuffer(fbb, bytes));
+  const auto all_buffers = fbb.CreateVector(buffer_list);
+  fbb.Finish(wire::CreateRegisterModule(fbb, name, all_regions, all_tensors, all_rules, 0, nullptr,
+                                        false, 0, layers.asleep, all_buffers, layers.words));
   return finished(fbb);
 }
 

@@ -109,9 +109,17 @@ struct RawTarget {
   std::vector<std::string> selection = {};
 };
 
+/// What an engine that offloads adds to a registration.
+struct RawLayers {
+  std::vector<std::uint32_t> pools = {};         ///< indices of regions
+  std::vector<std::uint64_t> buffer_bytes = {};  ///< of each layer buffer
+  std::uint32_t words = 0;                       ///< number of the first residency word
+  bool asleep = false;
+};
+
 Bytes register_message(const std::string& module, const std::vector<RawRegion>& regions,
                        const std::vector<TensorSpec>& tensors,
-                       const std::vector<NameRule>& rules = {});
+                       const std::vector<NameRule>& rules = {}, const RawLayers& layers = {});
 Bytes refit_message(const TransactionId& id, const std::vector<RawTarget>& targets,
                     std::uint64_t deadline_us = 20'000'000,
                     wire::Staging staging = wire::Staging::direct);

@@ -17,20 +17,24 @@ struct CheckRequest {
   std::string module;
   DigestKind kind = DigestKind::sglang;
   std::vector<NamedDigest> expected = {};
+  Place place = Place::host;  ///< `all`: each place that a tensor has must hold what is expected
 };
 
-/// Lists are sorted and complete. Live tensors that are not expected are not looked at.
+/// Lists are sorted and complete. Live tensors that are not expected are not looked at, nor are
+/// device places of layers that come or go while they are hashed: they are absent.
 struct CheckReport {
-  std::uint32_t verified = 0;
+  std::uint32_t verified = 0;  ///< tensors with what is expected in every place that was looked at
   std::vector<std::string> missing;
-  std::vector<std::string> mismatched;
+  std::vector<std::string> mismatched;         ///< on the host
+  std::vector<std::string> device_mismatched;  ///< on the device
+  std::vector<std::string> absent;             ///< asked for on the device, and not there now
   ModuleState state = ModuleState::none;
   std::uint64_t version = 0;
 
   /// Everything expected is there, equal, and the module is whole.
   [[nodiscard]] bool ok() const noexcept {
-    return missing.empty() && mismatched.empty() && state != ModuleState::poisoned &&
-           state != ModuleState::writing;
+    return missing.empty() && mismatched.empty() && device_mismatched.empty() &&
+           state != ModuleState::poisoned && state != ModuleState::writing;
   }
 };
 
@@ -39,11 +43,14 @@ struct DigestRequest {
   std::string module;
   DigestKind kind = DigestKind::sglang;
   std::vector<std::string> selection = {};  ///< empty means all
-  bool per_module = false;                  ///< also the module's own digest, one serial stream
+  bool per_module = false;  ///< also the module's own digest, one serial stream over the host's
+  Place place = Place::host;
 };
 
 struct DigestReport {
-  std::vector<NamedDigest> tensors;  ///< sorted by name
+  std::vector<NamedDigest> tensors;  ///< on the host, sorted by name
+  std::vector<NamedDigest> device;   ///< on the device, sorted by name
+  std::vector<std::string> absent;   ///< asked for on the device, and not there now
   Digest module;                     ///< length 0 unless asked for
   ModuleState state = ModuleState::none;
   std::uint64_t version = 0;

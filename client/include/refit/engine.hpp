@@ -71,7 +71,17 @@ class Engine {
   /// thread.
   void bind_to_this_thread();
 
-  /// False while a refit writes, and after one that did not finish, until another commits.
+  /// Gives the memory of every module up: when it returns, neither the daemon nor this object holds
+  /// any of it. Names, versions and states stay; refits, checks and digests are refused with
+  /// Errc::engine_asleep, and step_allowed() is false until wake(). Errors: Errc::busy while a
+  /// refit writes (poll() first); after Errc::deadline it may still fall asleep: call it again.
+  [[nodiscard]] Result<void> sleep(Deadline deadline);
+  /// Refits may come again. Every module must have been registered again, with the memory that it
+  /// lies in now, or unregistered: Errc::engine_asleep lists those that were not.
+  [[nodiscard]] Result<void> wake(Deadline deadline);
+
+  /// False while the engine sleeps, while a refit writes, and after one that did not finish, until
+  /// another commits.
   [[nodiscard]] bool step_allowed() const noexcept;
   [[nodiscard]] ModuleState state(const std::string& module) const;
   [[nodiscard]] std::uint64_t version(const std::string& module) const;

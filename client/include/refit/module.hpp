@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "refit/memory.hpp"
+#include "refit/residency.hpp"
 #include "refit/result.hpp"
 #include "refit/types.hpp"
 
@@ -26,6 +27,18 @@ class ModuleSpec {
   /// Adds a spec as it is; `spec.region` indexes the memories added so far. For callers that build
   /// boxes themselves.
   void add(TensorSpec spec) { tensors_.push_back(std::move(spec)); }
+  /// Says that [data, data + bytes) holds all tensors of one offloaded layer and dtype: while the
+  /// layer is resident, all of it has a second place in a pool, laid out alike. Tensors that are
+  /// added later and begin inside of it are a part of it. Returns its number for Residency. Errors:
+  /// Errc::bad_region if it is not inside `memory`.
+  Result<std::uint32_t> add_layer_buffer(const std::shared_ptr<SharedMemory>& memory,
+                                         const void* data, std::uint64_t bytes);
+  /// Memory in which layer buffers have their second places, and no tensor its first.
+  std::uint32_t add_pool(const std::shared_ptr<SharedMemory>& memory);
+  /// Where the layers are, to be kept up to date by whoever moves them; null without layer buffers.
+  /// Copies of a spec share it.
+  [[nodiscard]] const std::shared_ptr<Residency>& residency() const noexcept { return residency_; }
+
   /// Index of `memory` among the module's regions; adds it if it is new.
   std::uint32_t add_region(const std::shared_ptr<SharedMemory>& memory);
   /// Rewrite rules from this (source) module's names to a target's.
@@ -36,6 +49,11 @@ class ModuleSpec {
   [[nodiscard]] const std::vector<std::shared_ptr<SharedMemory>>& regions() const noexcept {
     return regions_;
   }
+  [[nodiscard]] bool is_pool(std::uint32_t region) const noexcept;
+  /// The bytes of each layer buffer.
+  [[nodiscard]] const std::vector<std::uint64_t>& layer_buffers() const noexcept {
+    return layer_bytes_;
+  }
   [[nodiscard]] const std::vector<NameRule>& name_map() const noexcept { return name_map_; }
 
  private:
@@ -43,6 +61,10 @@ class ModuleSpec {
   std::vector<TensorSpec> tensors_;
   std::vector<std::shared_ptr<SharedMemory>> regions_;
   std::vector<NameRule> name_map_;
+  std::vector<const std::byte*> layer_begins_;
+  std::vector<std::uint64_t> layer_bytes_;
+  std::vector<std::uint32_t> pools_;  ///< indices of regions
+  std::shared_ptr<Residency> residency_;
 };
 
 /// Row-major layout of many tensors in one SharedMemory: each start aligned to `align_bytes`.

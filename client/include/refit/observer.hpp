@@ -20,6 +20,7 @@ struct SessionStatus {
   Role role = Role::observer;
   std::string name;
   std::uint32_t uid = 0, pid = 0, modules = 0;
+  bool asleep = false;  ///< an engine that gave its memory up until it wakes
 };
 
 struct ModuleStatus {
@@ -32,6 +33,7 @@ struct ModuleStatus {
   std::uint64_t bytes = 0, refits = 0, last_bytes = 0;
   Phases last;
   bool populated = false;
+  bool asleep = false;  ///< its memory was given up and not registered again
 };
 
 struct DaemonStatus {

@@ -47,7 +47,8 @@ struct RefitReport {
   std::uint32_t tensors = 0;
   Guarantee guarantee = Guarantee::atomic;
   Phases phases;
-  bool replayed = false;  ///< this id was committed before; nothing was copied now
+  bool replayed = false;           ///< this id was committed before; nothing was copied now
+  std::uint64_t device_bytes = 0;  ///< written to device places of resident layers, besides `bytes`
 };
 
 class Trainer {

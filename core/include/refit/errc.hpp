@@ -36,7 +36,8 @@
   X(bad_argument, 23)      /* the caller's argument is wrong; the message says which */       \
   X(already_running, 24)   /* another daemon serves this socket */                            \
   X(unsupported, 25)       /* known, but not built here; the message says what is */          \
-  X(busy, 26)              /* one call at a time on this object */
+  X(busy, 26)              /* one call at a time on this object */                            \
+  X(engine_asleep, 27)     /* the engine gave its memory up until it wakes */
 
 namespace refit {
 

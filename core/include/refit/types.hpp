@@ -77,6 +77,9 @@ using Dims = std::vector<std::uint64_t>;
 /// PyTorch's repr(tuple(shape)): "()", "(128,)", "(3072, 256)".
 [[nodiscard]] std::string shape_repr(const Dims& shape);
 
+/// The layer buffer of a tensor that is not offloaded.
+inline constexpr std::uint32_t kNoLayerBuffer = 0xffffffff;
+
 /// Name, dtype, shape and strides of one tensor and where its bytes are: a region and a byte offset
 /// in it.
 ///
@@ -92,6 +95,8 @@ struct TensorSpec {
   std::uint64_t offset_bytes = 0;  ///< of the first element, from the region's start
   Dims global_shape;
   Dims box_offset;
+  std::uint32_t layer_buffer = kNoLayerBuffer;  ///< the layer buffer that it is a part of
+  std::uint64_t layer_offset_bytes = 0;         ///< from that buffer's start
 };
 
 /// One rewrite rule from source names to target names (RE2 syntax, `\1` in the target). The first
@@ -226,6 +231,22 @@ constexpr std::string_view digest_kind_name(DigestKind kind) noexcept {
       return "raw";
     case DigestKind::xxh3:
       return "xxh3";
+  }
+  return "invalid";
+}
+
+/// Where a tensor's bytes are looked at. An offloaded tensor has a second place, on the device,
+/// while its layer is resident.
+enum class Place : std::uint8_t { host = 0, device = 1, all = 2 };
+
+constexpr std::string_view place_name(Place place) noexcept {
+  switch (place) {
+    case Place::host:
+      return "host";
+    case Place::device:
+      return "device";
+    case Place::all:
+      return "all";
   }
   return "invalid";
 }

@@ -10,7 +10,7 @@
 namespace refit {
 namespace {
 
-TEST(SharedLayout, HashIsTheGoldenOne) { EXPECT_EQ(kLayoutHash, 0xdcf373fb3f167b29ULL); }
+TEST(SharedLayout, HashIsTheGoldenOne) { EXPECT_EQ(kLayoutHash, 0x6ac68316656b41e2ULL); }
 
 TEST(SharedLayout, OffsetsAreTheGoldenOnes) {
   EXPECT_EQ(sizeof(Descriptor), 32U);
@@ -36,7 +36,8 @@ TEST(SharedLayout, OffsetsAreTheGoldenOnes) {
   EXPECT_EQ(offsetof(RequestRegion, gate_answer), 192U);
   EXPECT_EQ(offsetof(RequestRegion, abandoned_request), 256U);
   EXPECT_EQ(offsetof(RequestRegion, requests), 320U);
-  EXPECT_EQ(offsetof(RequestRegion, arena), 4096U);
+  EXPECT_EQ(offsetof(RequestRegion, residency), 320U + 64 * 32);
+  EXPECT_EQ(offsetof(RequestRegion, arena), 12'288U);
 
   EXPECT_EQ(offsetof(ResponseRegion, response_tail), 0U);
   EXPECT_EQ(offsetof(ResponseRegion, request_head), 64U);
