@@ -241,7 +241,8 @@ class Demo:
         quiet = {"OMP_WAIT_POLICY": "passive"}
         common = ["--model", options.model, "--socket", socket_path]
         self.screen.status(f"making two DiT-{options.model}, one for each process")
-        self.engine = Child("engine", [engine_path, *common], folder, quiet)
+        offload = ["--offload", "1"] if options.offload else []
+        self.engine = Child("engine", [engine_path, *common, *offload], folder, quiet)
         self.children.append(self.engine)
         self.trainer = Child("trainer", [trainer_path, *common], folder, quiet)
         self.children.append(self.trainer)
@@ -300,12 +301,16 @@ class Demo:
         gate_s = refit["phases_us"]["gate"] / 1e6
         move_s = max(refit["seconds"] - gate_s, 1e-9)
         wrong = differences(digest["tensors"], expected)
+        device = digest["device"]
+        device_wrong = [f"{line} (on the device)" for line in
+                        differences(device, {name: expected[name] for name in device.keys() & expected.keys()})]
         row = {"step": number, "loss": step["evaluation_loss"], "parameters": step["parameters"],
                "changed": step["changed"], "unchanged": step["unchanged"], "version": refit["version"],
                "transaction": refit["transaction"], "refit_s": refit["seconds"], "phases_us": refit["phases_us"],
                "memcpy_s": memcpy["seconds"], "memcpy_threads": memcpy["threads"],
                "refit_without_gate_over_memcpy": move_s / memcpy["seconds"], "GBps": refit["bytes"] / move_s / 1e9,
-               "digests": len(expected), "digests_equal": len(expected) - len(wrong), "mismatches": wrong,
+               "digests": len(expected), "digests_equal": len(expected) - len(wrong), "device_digests": len(device),
+               "mismatches": wrong + device_wrong,
                "output_sha256": theirs["sha256"], "output_equal": ours["sha256"] == theirs["sha256"]}
         complaints = self.complaints(row, refit, gate, digest, ours, theirs)
         row["verified"] = not complaints
@@ -313,9 +318,11 @@ class Demo:
         self.screen.line(
             f"step {number:2}/{self.options.steps}  loss {row['loss']:.4f}  version {row['version']}  "
             f"refit {row['refit_s'] * 1e3:.2f} ms (gate {gate_s * 1e3:.2f})  memcpy {row['memcpy_s'] * 1e3:.2f} ms  "
-            f"SHA-256 {row['digests_equal']}/{row['digests']}  output {'equal' if row['output_equal'] else 'DIFFERS'}")
+            f"SHA-256 {row['digests_equal']}/{row['digests']}"
+            + (f" and {row['device_digests']} on the device" if self.options.offload else "")
+            + f"  output {'equal' if row['output_equal'] else 'DIFFERS'}")
         if complaints:
-            note = "; the sabotage was noticed" if self.options.sabotage and wrong else ""
+            note = "; the sabotage was noticed" if self.options.sabotage and row["mismatches"] else ""
             raise Failure(f"step {number} is not verified{note}", complaints)
 
     def complaints(self, row, refit, gate, digest, ours, theirs):
@@ -334,6 +341,8 @@ class Demo:
         if refit["bytes"] != self.ready["bytes"] or refit["tensors"] != len(self.ready["tensors"]):
             lines.append(f"the refit moved {refit['tensors']} tensors and {refit['bytes']} bytes of "
                          f"{len(self.ready['tensors'])} and {self.ready['bytes']}")
+        if self.options.offload and not digest["device"]:
+            lines.append("no layer was resident: the device was not checked")
         if row["changed"] < CHANGED_SHARE_MIN * row["parameters"]:
             lines.append(f"the optimizer changed {row['changed']} of {row['parameters']} parameter tensors only; not "
                          + ", ".join(row["unchanged"]))
@@ -412,6 +421,8 @@ def parse(arguments):
     parser.add_argument("--json", metavar="FILE", help="also write everything that was measured to FILE")
     parser.add_argument("--sabotage", action="store_true",
                         help="let the daemon's test build skip one tensor, to see that the demo notices")
+    parser.add_argument("--offload", action="store_true",
+                        help="let the engine offload its blocks layer by layer; both places are verified")
     parser.add_argument("--build-dir", metavar="DIR", help="use what is built in DIR; no set-up, no build")
     parser.add_argument("--only-parse", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

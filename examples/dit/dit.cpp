@@ -172,7 +172,11 @@ torch::Tensor DiTImpl::forward(const torch::Tensor& latents, const torch::Tensor
   const std::int64_t grid = config_.side / config_.patch, patch = config_.patch;
   const auto conditioning = t_embedder_(timesteps) + y_embedder_(labels);
   auto x = x_embedder_(latents) + pos_embed_;
-  for (const auto& block : *blocks_) x = block->as<Block>()->forward(x, conditioning);
+  for (std::size_t i = 0; i < blocks_->size(); ++i) {
+    if (hooks_ != nullptr) hooks_->before(i);
+    x = blocks_->ptr(i)->as<Block>()->forward(x, conditioning);
+    if (hooks_ != nullptr) hooks_->after(i);
+  }
   const auto patches =
       final_layer_(x, conditioning).reshape({-1, grid, grid, config_.channels, patch, patch});
   return patches.permute({0, 3, 1, 4, 2, 5}).reshape(latents.sizes());

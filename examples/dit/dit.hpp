@@ -11,6 +11,7 @@
 #include <torch/nn/modules/linear.h>
 #include <torch/nn/modules/normalization.h>
 
+#include <cstddef>
 #include <cstdint>
 
 #include "dit/models.hpp"
@@ -96,6 +97,15 @@ class FinalLayerImpl : public torch::nn::Module {
 };
 TORCH_MODULE(FinalLayer);
 
+/// Told around each block of a forward pass, on its thread: offload brings the block's weights and
+/// takes them away.
+class BlockHooks {
+ public:
+  virtual ~BlockHooks() = default;
+  virtual void before(std::size_t block) = 0;
+  virtual void after(std::size_t block) = 0;
+};
+
 /// Predicts the noise in a latent. Unlike the paper's it does not learn the variance: its output
 /// has the latent's shape.
 class DiTImpl : public torch::nn::Module {
@@ -108,6 +118,8 @@ class DiTImpl : public torch::nn::Module {
   torch::Tensor forward(const torch::Tensor& latents, const torch::Tensor& timesteps,
                         const torch::Tensor& labels);
 
+  /// Null: none. They must live as long as forward() is called.
+  void set_block_hooks(BlockHooks* hooks) noexcept { hooks_ = hooks; }
   [[nodiscard]] const Config& config() const noexcept { return config_; }
 
  private:
@@ -120,6 +132,7 @@ class DiTImpl : public torch::nn::Module {
   torch::Tensor pos_embed_;
   torch::nn::ModuleList blocks_;
   FinalLayer final_layer_;
+  BlockHooks* hooks_ = nullptr;
 };
 TORCH_MODULE(DiT);
 

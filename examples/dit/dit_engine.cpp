@@ -1,18 +1,20 @@
 // An engine: a DiT that samples images for ever, and lets a trainer's weights in between two
 // denoising steps.
 //
-// One thread. Its gate is Engine::poll() while it samples and Engine::fd() beside stdin while it is
-// paused. It knows nothing of who trains.
+// One thread, and offload's if it is asked for. Its gate is Engine::poll() while it samples and
+// Engine::fd() beside stdin while it is paused. It knows nothing of who trains.
 
 #include <ATen/Parallel.h>
 
 #include <chrono>
 #include <csignal>
+#include <memory>
 #include <refit/engine.hpp>
 #include <refit/torch.hpp>
 #include <string>
 
 #include "dit/diffusion.hpp"
+#include "dit/offload.hpp"
 #include "dit/program.hpp"
 
 namespace {
@@ -46,6 +48,7 @@ struct EngineOptions {
   std::int64_t batch = 1;
   std::int64_t steps = 25;
   int threads = 1;
+  std::size_t offload_blocks = 0;  ///< 0: everything is on the device
 };
 
 Json gate_event(const refit::GateEvent& event, const dit::Sampler& sampler) {
@@ -77,7 +80,14 @@ int serve(const dit::CommonOptions& options, const EngineOptions& sizes) {
   const dit::Config config = *dit::config_of(options.model);
   dit::DiT model(config);
   model->eval();
-  auto spec = refit::share_torch_module(*model, options.module);
+  std::unique_ptr<dit::LayerwiseOffload> offload;
+  if (sizes.offload_blocks > 0) {
+    auto made = dit::LayerwiseOffload::create(model, options.module, sizes.offload_blocks);
+    if (!made) return dit::report(made.error());
+    offload = std::move(*made);
+  }
+  const auto spec = offload ? refit::Result<refit::ModuleSpec>(offload->spec())
+                            : refit::share_torch_module(*model, options.module);
   if (!spec) return dit::report(spec.error());
 
   auto engine =
@@ -150,6 +160,10 @@ int main(int argc, char** argv) {
       ->capture_default_str();
   app.add_option("--threads", sizes.threads, "Threads that compute")
       ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  app.add_option("--offload", sizes.offload_blocks,
+                 "Keep the blocks on the host and bring this many at a time to the device (0: all "
+                 "are there)")
       ->capture_default_str();
   CLI11_PARSE(app, argc, argv);
   try {

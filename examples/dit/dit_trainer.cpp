@@ -44,7 +44,8 @@ Commands, one a line on stdin:
   step     take one optimizer step; says which share of the parameter tensors changed
   refit    move the weights into the engine
   memcpy   time one memcpy of as many bytes between shared pages, best of a few
-  digest   ask the daemon for the SHA-256 of every tensor in the engine's live memory
+  digest   ask the daemon for the SHA-256 of every tensor in the engine's live memory, of each place
+           that it has
   forward  run the model on a fixed input and print the SHA-256 of the output's bytes
   quit     leave (so does the end of stdin)
 Events, one JSON object a line on stdout: ready, step, refit, memcpy, digest, forward, refused,
@@ -147,6 +148,7 @@ Json refit_event(const refit::RefitReport& report, double seconds) {
           {"version", report.version},
           {"bytes", report.bytes},
           {"tensors", report.tensors},
+          {"device_bytes", report.device_bytes},
           {"seconds", seconds},
           {"guarantee", refit::guarantee_name(report.guarantee)},
           {"transaction", report.transaction.to_string()},
@@ -161,10 +163,11 @@ Json refit_event(const refit::RefitReport& report, double seconds) {
 Json digest_event(const refit::DigestReport& report) {
   Json tensors = Json::object();
   for (const auto& [name, digest] : report.tensors) tensors[name] = digest.to_hex();
-  return {{"event", "digest"},
-          {"state", refit::module_state_name(report.state)},
-          {"version", report.version},
-          {"tensors", std::move(tensors)}};
+  Json device = Json::object();
+  for (const auto& [name, digest] : report.device) device[name] = digest.to_hex();
+  return {{"event", "digest"},           {"state", refit::module_state_name(report.state)},
+          {"version", report.version},   {"tensors", std::move(tensors)},
+          {"device", std::move(device)}, {"absent", report.absent.size()}};
 }
 
 int train(const dit::CommonOptions& options, const TrainingOptions& sizes) {
@@ -218,6 +221,7 @@ int train(const dit::CommonOptions& options, const TrainingOptions& sizes) {
       refit::DigestRequest request;
       request.engine = options.engine;
       request.module = options.module;
+      request.place = refit::Place::all;
       const auto report = trainer->digest(request, Deadline::in(kDigestTime));
       if (!report) return dit::report(report.error());
       dit::emit(digest_event(*report));

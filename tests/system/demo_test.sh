@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Runs the demo on what is built, in a private TMPDIR, and judges it from outside: exit status, report, leftovers.
 #
-# Usage: demo_test.sh --build-dir DIR verified|sabotage|interrupted
+# Usage: demo_test.sh --build-dir DIR verified|offload|sabotage|interrupted
 # Each run gives its processes a mark in the environment, so that a survivor is found whoever became its parent.
 set -euo pipefail
 
 usage() {
-  echo "usage: $0 --build-dir DIR verified|sabotage|interrupted" >&2
+  echo "usage: $0 --build-dir DIR verified|offload|sabotage|interrupted" >&2
   exit 2
 }
 [[ $# -eq 3 && $1 == --build-dir ]] || usage
@@ -64,6 +64,22 @@ assert steps[-1]["loss"] < report["loss_before"]
 assert all(step["refit_s"] > 0 and step["memcpy_s"] > 0 for step in steps)
 PYTHON
     grep -q '^verified: 4 of 4 steps' "$work/stdout" || fail "no summary"
+    ;;
+  offload)
+    # Goal: the same with an engine whose blocks come and go: both places hold the trainer's bytes, and the model that
+    # runs through them gives the trainer's output.
+    "$demo" --build-dir "$build_dir" --model tiny --steps 3 --offload --json "$work/report.json" \
+      > "$work/stdout" 2> "$work/stderr" || status=$?
+    [[ $status -eq 0 ]] || fail "exit status $status instead of 0"
+    python3 - "$work/report.json" << 'PYTHON' || fail "the report does not say that every step was verified"
+import json, sys
+report = json.load(open(sys.argv[1]))
+steps = report["steps"]
+assert report["verified"] is True and len(steps) == 3
+assert all(step["verified"] and step["output_equal"] and not step["mismatches"] for step in steps)
+assert all(step["digests_equal"] == step["digests"] == report["tensors"] for step in steps)
+assert all(0 < step["device_digests"] < step["digests"] for step in steps)
+PYTHON
     ;;
   sabotage)
     # Goal: a daemon that leaves one tensor out is found by both proofs, and the tensor is named.
