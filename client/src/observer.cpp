@@ -1,5 +1,9 @@
 #include "refit/observer.hpp"
 
+#include <poll.h>
+
+#include <cerrno>
+
 #include "requests.hpp"
 
 namespace refit {
@@ -12,6 +16,18 @@ Phases phases_from_wire(const wire::Phases* phases) {
 
 Dims dims_from_wire(const flatbuffers::Vector<std::uint64_t>* values) {
   return values == nullptr ? Dims{} : Dims(values->begin(), values->end());
+}
+
+// A daemon of another release may have other buckets, and never fewer counts than bounds.
+PhaseHistogram histogram_from_wire(const wire::PhaseHistogram* entry, std::size_t buckets) {
+  PhaseHistogram histogram;
+  if (entry != nullptr) {
+    histogram.sum_us = entry->sum_us();
+    if (entry->counts() != nullptr)
+      histogram.counts.assign(entry->counts()->begin(), entry->counts()->end());
+  }
+  histogram.counts.resize(buckets);
+  return histogram;
 }
 
 }  // namespace
@@ -55,7 +71,8 @@ Result<DaemonStatus> Observer::status(Deadline deadline) {
     for (const auto* entry : *body->sessions()) {
       status.sessions.push_back({entry->id(), static_cast<Role>(entry->role()),
                                  std::string(view(entry->name())), entry->uid(), entry->pid(),
-                                 entry->modules(), entry->asleep()});
+                                 entry->modules(), entry->asleep(), entry->regions(),
+                                 entry->registered_bytes(), entry->in_flight(), entry->age_us()});
     }
   }
   if (body->modules() != nullptr) {
@@ -116,6 +133,81 @@ Result<CheckReport> Observer::check(const CheckRequest& request, Deadline deadli
 
 Result<DigestReport> Observer::digest(const DigestRequest& request, Deadline deadline) {
   return refit::digest(*impl_->session, request, deadline);
+}
+
+Result<DaemonMetrics> Observer::metrics(Deadline deadline) {
+  Session& session = *impl_->session;
+  auto& fbb = session.builder();
+  fbb.Finish(wire::CreateMetricsQuery(fbb));
+  REFIT_TRY_ASSIGN(const wire::Reply* reply,
+                   session.call(wire::Opcode::metrics, deadline, Expect::long_running));
+  const auto* body = reply->body_as_Metrics();
+  if (body == nullptr) return fail(Errc::protocol, "the daemon's reply is not metrics");
+  DaemonMetrics metrics;
+  metrics.version = view(body->daemon_version());
+  metrics.copy_kernel = view(body->copy_kernel());
+  metrics.protocol = body->protocol();
+  metrics.layout = body->layout();
+  metrics.waiting = static_cast<Waiting>(body->waiting());
+  metrics.draining = body->draining();
+  metrics.uptime_us = body->uptime_us();
+  metrics.committed = body->committed();
+  metrics.moved_bytes = body->moved_bytes();
+  if (body->failures() != nullptr) {
+    for (const auto* entry : *body->failures())
+      metrics.failures[static_cast<Errc>(entry->code())] += entry->count();
+  }
+  if (body->bounds_us() != nullptr)
+    metrics.bounds_us.assign(body->bounds_us()->begin(), body->bounds_us()->end());
+  const std::size_t buckets = metrics.bounds_us.size() + 1;
+  metrics.wait = histogram_from_wire(body->wait(), buckets);
+  metrics.gate = histogram_from_wire(body->gate(), buckets);
+  metrics.copy = histogram_from_wire(body->copy(), buckets);
+  metrics.total = histogram_from_wire(body->total(), buckets);
+  metrics.checks = body->checks();
+  metrics.tensors_verified = body->tensors_verified();
+  metrics.tensors_mismatched = body->tensors_mismatched();
+  metrics.tensors_missing = body->tensors_missing();
+  if (body->quotas() != nullptr) {
+    for (const auto* entry : *body->quotas()) {
+      metrics.quotas.push_back(
+          {entry->uid(), std::string(view(entry->quota())), entry->used(), entry->limit()});
+    }
+  }
+  if (body->modules() != nullptr) {
+    for (const auto* entry : *body->modules()) {
+      ModuleMetrics module;
+      module.engine = view(entry->engine());
+      module.module = view(entry->module_name());
+      module.uid = entry->uid();
+      module.state = static_cast<ModuleState>(entry->state());
+      module.version = entry->version();
+      module.refits = entry->refits();
+      module.bytes = entry->bytes();
+      if (entry->proven())
+        module.proof = ModuleProof{entry->proven_version(), entry->proven_age_us()};
+      metrics.modules.push_back(std::move(module));
+    }
+  }
+  return metrics;
+}
+
+Result<void> Observer::drain(Deadline deadline) {
+  Session& session = *impl_->session;
+  auto& fbb = session.builder();
+  fbb.Finish(wire::CreateDrain(fbb));
+  REFIT_TRY(session.call(wire::Opcode::drain, deadline, Expect::long_running));
+  return {};
+}
+
+Result<void> Observer::wait_gone(Deadline deadline) {
+  for (;;) {
+    pollfd entry{impl_->session->pidfd(), POLLIN, 0};
+    const int count = ::poll(&entry, 1, deadline.remaining_ms());
+    if (count > 0) return {};
+    if (count == 0 && deadline.passed()) return fail(Errc::deadline, "the daemon still runs");
+    if (count < 0 && errno != EINTR) return fail_os("waiting for the daemon's end", errno);
+  }
 }
 
 }  // namespace refit

@@ -198,8 +198,12 @@ class Checker::HashJob final : public BackgroundJob {
 };
 
 Checker::Checker(Registry& registry, Scheduler& scheduler, Replies& replies,
-                 BackgroundPool& background)
-    : registry_(registry), scheduler_(scheduler), replies_(replies), background_(background) {}
+                 BackgroundPool& background, Statistics& statistics)
+    : registry_(registry),
+      scheduler_(scheduler),
+      replies_(replies),
+      background_(background),
+      statistics_(statistics) {}
 
 Checker::~Checker() = default;
 
@@ -406,6 +410,17 @@ void Checker::note_absent(CheckOperation& operation) {
   std::sort(operation.absent.begin(), operation.absent.end());
 }
 
+/// A check of all tensors that found them equal proves the version, whoever asked for it.
+void Checker::note_check(const CheckOperation& operation, std::size_t verified, std::size_t wrong) {
+  statistics_.checked(verified, wrong, operation.missing.size());
+  const ModuleState state = operation.reading.word.state;
+  const bool whole = state == ModuleState::initial || state == ModuleState::committed;
+  if (whole && wrong == 0 && operation.missing.empty() &&
+      operation.host_count == operation.registration->manifest->tensors().size()) {
+    operation.registration->proof = Proof{operation.reading.version, Clock::now()};
+  }
+}
+
 void Checker::reply_check(Session& asker, const CheckOperation& operation) {
   std::vector<std::string> mismatched;
   std::vector<std::string> device_mismatched;
@@ -426,7 +441,10 @@ void Checker::reply_check(Session& asker, const CheckOperation& operation) {
     std::sort(specs.begin(), specs.end(), std::less<>());
     return std::unique(specs.begin(), specs.end()) - specs.begin();
   };
-  const auto verified = static_cast<std::uint32_t>(distinct(seen) - distinct(wrong));
+  const auto wrong_count = static_cast<std::size_t>(distinct(wrong));
+  const auto verified =
+      static_cast<std::uint32_t>(distinct(seen)) - static_cast<std::uint32_t>(wrong_count);
+  note_check(operation, verified, wrong_count);
   auto& fbb = replies_.builder();
   const auto missing_list = fbb.CreateVectorOfStrings(operation.missing);
   const auto mismatched_list = fbb.CreateVectorOfStrings(mismatched);

@@ -8,6 +8,7 @@
 
 #include <memory>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "digest/digest.hpp"
@@ -15,12 +16,14 @@
 #include "server/registry.hpp"
 #include "server/replies.hpp"
 #include "server/scheduler.hpp"
+#include "server/statistics.hpp"
 
 namespace refit::daemon {
 
 class Checker {
  public:
-  Checker(Registry& registry, Scheduler& scheduler, Replies& replies, BackgroundPool& background);
+  Checker(Registry& registry, Scheduler& scheduler, Replies& replies, BackgroundPool& background,
+          Statistics& statistics);
   ~Checker();
 
   void begin_check(Session& asker, std::uint64_t request_id, const wire::Check& message,
@@ -57,6 +60,7 @@ class Checker {
   CheckOperation* find_waiting(Predicate&& matches);
   void remove(CheckOperation& operation);
   static void note_absent(CheckOperation& operation);
+  void note_check(const CheckOperation& operation, std::size_t verified, std::size_t wrong);
   void reply_check(Session& asker, const CheckOperation& operation);
   void reply_digest(Session& asker, const CheckOperation& operation);
 
@@ -64,6 +68,7 @@ class Checker {
   Scheduler& scheduler_;
   Replies& replies_;
   BackgroundPool& background_;
+  Statistics& statistics_;
   std::vector<std::unique_ptr<CheckOperation>> operations_;
 };
 

@@ -81,12 +81,13 @@ class Refits::Refit final : public Operation, public Completion {
 };
 
 Refits::Refits(Registry& registry, Scheduler& scheduler, Replies& replies, CopyPool& copy_pool,
-               CompletionQueue& completions, Waiting waiting)
+               CompletionQueue& completions, Statistics& statistics, Waiting waiting)
     : registry_(registry),
       scheduler_(scheduler),
       replies_(replies),
       copy_pool_(copy_pool),
       completions_(completions),
+      statistics_(statistics),
       waiting_(waiting) {
   active_.reserve(64);
   free_.reserve(64);
@@ -135,6 +136,7 @@ void Refits::begin(Session& trainer, std::uint64_t request_id, const wire::Refit
 
   auto resolved = resolve(refit, trainer, message);
   if (!resolved) {
+    statistics_.failed(resolved.error().code);
     replies_.send_error(trainer, request_id, resolved.error());
     return retire(refit);
   }
@@ -503,7 +505,6 @@ void Refits::wake_engines(Refit& refit) {
 // ---- reply
 
 void Refits::reply(Refit& refit) {
-  ++committed_count_;
   const auto now = Clock::now();
   const PhaseTimes times{us_between(refit.arrived, refit.started),
                          us_between(refit.started, refit.gated),
@@ -531,6 +532,7 @@ void Refits::reply(Refit& refit) {
                     (refit.engines.size() > 1 ? "; the other engines hold the new weights" : ""),
                 {}});
   }
+  statistics_.committed(times, refit.bytes);
   if (const auto trainer = registry_.find(refit.session_id)) {
     auto& fbb = replies_.builder();
     const wire::Phases phases(times.wait_us, times.gate_us, times.copy_us, times.check_us,
@@ -546,6 +548,7 @@ void Refits::reply(Refit& refit) {
 
 /// Answers with `error` and lets the engines go. Whoever calls has settled the words.
 void Refits::fail_refit(Refit& refit, const Error& error) {
+  statistics_.failed(error.code);
   if (refit.phase == Phase::gating) {
     refit.transaction.release();
     wake_engines(refit);

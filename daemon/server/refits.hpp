@@ -14,6 +14,7 @@
 #include "server/registry.hpp"
 #include "server/replies.hpp"
 #include "server/scheduler.hpp"
+#include "server/statistics.hpp"
 #include "transaction/transaction.hpp"
 
 namespace refit::daemon {
@@ -21,7 +22,7 @@ namespace refit::daemon {
 class Refits {
  public:
   Refits(Registry& registry, Scheduler& scheduler, Replies& replies, CopyPool& copy_pool,
-         CompletionQueue& completions, Waiting waiting);
+         CompletionQueue& completions, Statistics& statistics, Waiting waiting);
   ~Refits();
 
   void begin(Session& trainer, std::uint64_t request_id, const wire::Refit& message,
@@ -45,8 +46,6 @@ class Refits {
   [[nodiscard]] bool idle() const noexcept { return active_.empty(); }
   /// Calls off everything that is not writing.
   void cancel_waiting(const Error& reason);
-
-  [[nodiscard]] std::uint64_t committed_count() const noexcept { return committed_count_; }
 
  private:
   enum class Phase { idle, queued, gating, writing };
@@ -94,11 +93,11 @@ class Refits {
   Replies& replies_;
   CopyPool& copy_pool_;
   CompletionQueue& completions_;
+  Statistics& statistics_;
   Waiting waiting_;
   PlanCache plans_;
   std::vector<std::unique_ptr<Refit>> free_;
   std::vector<std::unique_ptr<Refit>> active_;
-  std::uint64_t committed_count_ = 0;
 };
 
 }  // namespace refit::daemon

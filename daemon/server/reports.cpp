@@ -2,10 +2,75 @@
 
 #include <unistd.h>
 
+#include <chrono>
+#include <map>
+#include <optional>
+#include <vector>
+
+#include "ipc/handshake.hpp"
 #include "ipc/state_word.hpp"
 #include "version.hpp"
 
 namespace refit::daemon {
+namespace {
+
+std::uint64_t us_between(Clock::time_point from, Clock::time_point to) {
+  const auto us = std::chrono::duration_cast<std::chrono::microseconds>(to - from).count();
+  return us < 0 ? 0 : static_cast<std::uint64_t>(us);
+}
+
+/// Without the request that is being answered.
+std::uint32_t in_flight_of(const Session& session, const Session& asker) {
+  const bool asks = &session == &asker && session.in_flight > 0;
+  return static_cast<std::uint32_t>(session.in_flight - (asks ? 1 : 0));
+}
+
+flatbuffers::Offset<wire::PhaseHistogram> histogram(flatbuffers::FlatBufferBuilder& fbb,
+                                                    const Histogram& of_phase) {
+  const auto& counts = of_phase.counts();
+  return wire::CreatePhaseHistogram(fbb, fbb.CreateVector(counts.data(), counts.size()),
+                                    of_phase.sum_us());
+}
+
+/// What each uid uses of what is limited per uid.
+flatbuffers::Offset<flatbuffers::Vector<flatbuffers::Offset<wire::QuotaUse>>> quotas(
+    flatbuffers::FlatBufferBuilder& fbb, const Registry& registry, const DaemonFacts& facts) {
+  struct Use {
+    std::uint64_t sessions = 0, registered_bytes = 0;
+  };
+  std::map<uid_t, Use> uses;
+  for (const auto& [id, session] : registry.sessions) {
+    Use& use = uses[session->peer.uid];
+    ++use.sessions;
+    use.registered_bytes += session->registered_bytes();
+  }
+  std::vector<flatbuffers::Offset<wire::QuotaUse>> list;
+  for (const auto& [uid, use] : uses) {
+    const auto add = [&, owner = uid](const char* quota, std::uint64_t used, std::uint64_t limit) {
+      const auto name = fbb.CreateString(quota);
+      list.push_back(wire::CreateQuotaUse(fbb, owner, name, used, limit));
+    };
+    add("sessions", use.sessions, facts.sessions_per_uid_max);
+    add("registered_bytes", use.registered_bytes, 0);
+  }
+  return fbb.CreateVector(list);
+}
+
+flatbuffers::Offset<wire::ModuleMetrics> module_metrics(flatbuffers::FlatBufferBuilder& fbb,
+                                                        const Session& engine, const Module& module,
+                                                        Clock::time_point now) {
+  const Registration& registration = *module.registration;
+  const ModuleReading reading = read_module(engine.memory->response_region().modules[module.slot]);
+  const auto engine_name = fbb.CreateString(engine.name);
+  const auto module_name = fbb.CreateString(module.name);
+  const std::optional<Proof>& proof = registration.proof;
+  return wire::CreateModuleMetrics(
+      fbb, engine_name, module_name, engine.peer.uid, static_cast<std::uint8_t>(reading.word.state),
+      reading.version, module.refits, registration.manifest->bytes(), proof.has_value(),
+      proof ? proof->version : 0, proof ? us_between(proof->at, now) : 0);
+}
+
+}  // namespace
 
 void reply_status(Replies& replies, Session& asker, std::uint64_t request_id,
                   const Registry& registry, const DaemonFacts& facts) {
@@ -17,7 +82,9 @@ void reply_status(Replies& replies, Session& asker, std::uint64_t request_id,
     sessions.push_back(wire::CreateSessionStatus(
         fbb, id, static_cast<std::uint8_t>(session->role), name, session->peer.uid,
         static_cast<std::uint32_t>(session->peer.pid),
-        static_cast<std::uint32_t>(session->modules.size()), session->asleep));
+        static_cast<std::uint32_t>(session->modules.size()), session->asleep,
+        static_cast<std::uint32_t>(session->region_count()), session->registered_bytes(),
+        in_flight_of(*session, asker), us_between(session->connected, facts.now)));
     if (session->role != Role::engine) continue;
     for (const auto& [module_name, module] : session->modules) {
       const ModuleReading reading =
@@ -69,6 +136,44 @@ void reply_tensors(Replies& replies, Session& asker, std::uint64_t request_id,
   const auto list = fbb.CreateVector(tensors);
   replies.send(asker, request_id, wire::Body::TensorList,
                wire::CreateTensorList(fbb, list).Union());
+}
+
+void reply_metrics(Replies& replies, Session& asker, std::uint64_t request_id,
+                   const Registry& registry, const DaemonFacts& facts,
+                   const Statistics& statistics) {
+  auto& fbb = replies.builder();
+  std::vector<flatbuffers::Offset<wire::ModuleMetrics>> modules;
+  for (const auto& [id, session] : registry.sessions) {
+    if (session->role != Role::engine) continue;
+    for (const auto& [name, module] : session->modules)
+      modules.push_back(module_metrics(fbb, *session, *module, facts.now));
+  }
+  std::vector<flatbuffers::Offset<wire::FailureCount>> failures;
+  const auto& counts = statistics.failures();
+  for (std::size_t code = 0; code < counts.size(); ++code) {
+    if (counts[code] == 0) continue;
+    failures.push_back(
+        wire::CreateFailureCount(fbb, static_cast<std::uint16_t>(code), counts[code]));
+  }
+  const auto version = fbb.CreateString(kVersion);
+  const auto kernel = fbb.CreateString(facts.copy_kernel);
+  const auto failure_list = fbb.CreateVector(failures);
+  const auto bounds = fbb.CreateVector(Histogram::kBoundsUs.data(), Histogram::kBoundsUs.size());
+  const auto wait = histogram(fbb, statistics.wait());
+  const auto gate = histogram(fbb, statistics.gate());
+  const auto copy = histogram(fbb, statistics.copy());
+  const auto total = histogram(fbb, statistics.total());
+  const auto quota_list = quotas(fbb, registry, facts);
+  const auto module_list = fbb.CreateVector(modules);
+  replies.send(
+      asker, request_id, wire::Body::Metrics,
+      wire::CreateMetrics(fbb, version, kProtocolVersion, kLayoutHash, kernel,
+                          static_cast<std::uint8_t>(facts.waiting), facts.draining, facts.uptime_us,
+                          statistics.committed_count(), statistics.moved_bytes(), failure_list,
+                          bounds, wait, gate, copy, total, statistics.checks(),
+                          statistics.tensors_verified(), statistics.tensors_mismatched(),
+                          statistics.tensors_missing(), quota_list, module_list)
+          .Union());
 }
 
 }  // namespace refit::daemon

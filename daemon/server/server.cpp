@@ -16,7 +16,6 @@
 #include "ipc/handshake.hpp"
 #include "ipc/waiting.hpp"
 #include "log.hpp"
-#include "server/reports.hpp"
 
 #ifndef SO_PEERPIDFD
 #define SO_PEERPIDFD 77
@@ -133,8 +132,8 @@ Result<void> Server::set_up() {
   registrar_ =
       std::make_unique<Registrar>(registry_, replies_, scheduler_, *background_, *closers_);
   refits_ = std::make_unique<Refits>(registry_, scheduler_, replies_, *copy_pool_, completions_,
-                                     options_.waiting);
-  checker_ = std::make_unique<Checker>(registry_, scheduler_, replies_, *background_);
+                                     statistics_, options_.waiting);
+  checker_ = std::make_unique<Checker>(registry_, scheduler_, replies_, *background_, statistics_);
   sleeper_ = std::make_unique<Sleeper>(registry_, scheduler_, replies_, *background_);
   // Only noted: whoever replies may be in the middle of changing what the end of a session changes.
   replies_.overrun = [this](Session& session) { overrun_.push_back(session.id); };
@@ -189,7 +188,7 @@ Result<void> Server::set_up() {
     code = sd_event_add_signal(
         event, &source, signal,
         [](sd_event_source*, const signalfd_siginfo* info, void* self) {
-          static_cast<Server*>(self)->begin_drain(static_cast<int>(info->ssi_signo));
+          static_cast<Server*>(self)->begin_drain("signal " + std::to_string(info->ssi_signo));
           return 0;
         },
         this);
@@ -243,7 +242,8 @@ Result<void> Server::run() {
     arm_timer();
     if (watchdog_ != nullptr) watchdog_->after_turn();
   }
-  log(LogEvent::stopped, "stopped after " + std::to_string(refits_->committed_count()) + " refits");
+  log(LogEvent::stopped,
+      "stopped after " + std::to_string(statistics_.committed_count()) + " refits");
   return {};
 }
 
@@ -582,6 +582,7 @@ void Server::dispatch(Session& session, const Session::Request& request) {
       request.opcode == wire::Opcode::refit || request.opcode == wire::Opcode::register_module ||
       request.opcode == wire::Opcode::check || request.opcode == wire::Opcode::digest;
   if (draining_ && starts_work) {
+    if (request.opcode == wire::Opcode::refit) statistics_.failed(Errc::shutting_down);
     return replies_.send_error(session, request.id,
                                {Errc::shutting_down, 0, "the daemon is shutting down", {}});
   }
@@ -611,15 +612,18 @@ void Server::dispatch(Session& session, const Session::Request& request) {
       });
     case wire::Opcode::status:
       return with_message<wire::StatusQuery>(session, request, [&](const auto&) {
-        const auto uptime = std::chrono::duration_cast<std::chrono::microseconds>(now - started_);
-        reply_status(replies_, session, request.id, registry_,
-                     {static_cast<std::uint64_t>(uptime.count()), refits_->committed_count(),
-                      copy_pool_->thread_count(), copy_pool_->kernel_name(), listener_.path(),
-                      options_.waiting, draining_});
+        reply_status(replies_, session, request.id, registry_, facts(now));
       });
     case wire::Opcode::tensors:
       return with_message<wire::TensorsQuery>(session, request, [&](const auto& message) {
         reply_tensors(replies_, session, request.id, registry_, message);
+      });
+    case wire::Opcode::drain:
+      return with_message<wire::Drain>(session, request,
+                                       [&](const auto&) { drain(session, request.id); });
+    case wire::Opcode::metrics:
+      return with_message<wire::MetricsQuery>(session, request, [&](const auto&) {
+        reply_metrics(replies_, session, request.id, registry_, facts(now), statistics_);
       });
     case wire::Opcode::sleep:
       return with_message<wire::Sleep>(session, request,
@@ -680,12 +684,43 @@ void Server::on_timer() {
 
 /// What runs may finish, what comes is refused. A second signal calls off what waits; a write is
 /// always finished, because ending in the middle of one would poison the module.
-void Server::begin_drain(int signal) {
-  log(LogEvent::draining, "signal " + std::to_string(signal) + ": draining");
+void Server::begin_drain(const std::string& cause) {
+  log(LogEvent::draining, cause + ": draining");
   drain_until_ = draining_ ? Clock::now()
                            : Clock::now() + std::chrono::milliseconds(options_.drain_timeout_ms);
   if (!draining_) sd_notify(0, "STOPPING=1\nSTATUS=Draining");
   draining_ = true;
+}
+
+/// As SIGTERM, for those who could send one. Asked again it changes nothing: unlike a second
+/// signal it does not hurry.
+void Server::drain(Session& asker, std::uint64_t request_id) {
+  if (asker.peer.uid != 0 && asker.peer.uid != ::geteuid()) {
+    return replies_.send_error(asker, request_id,
+                               {Errc::permission,
+                                0,
+                                "uid " + std::to_string(asker.peer.uid) +
+                                    " may not drain this daemon, which runs as uid " +
+                                    std::to_string(::geteuid()) + ": only that user and root may",
+                                {}});
+  }
+  replies_.send_ok(asker, request_id);
+  if (!draining_) {
+    begin_drain("asked by " + asker.label() + " of uid " + std::to_string(asker.peer.uid));
+  }
+}
+
+DaemonFacts Server::facts(Clock::time_point now) const {
+  const auto uptime = std::chrono::duration_cast<std::chrono::microseconds>(now - started_);
+  return {now,
+          static_cast<std::uint64_t>(uptime.count()),
+          statistics_.committed_count(),
+          copy_pool_->thread_count(),
+          copy_pool_->kernel_name(),
+          listener_.path(),
+          options_.waiting,
+          draining_,
+          kSessionsPerUidMax};
 }
 
 }  // namespace refit::daemon

@@ -19,8 +19,10 @@
 #include "server/registrar.hpp"
 #include "server/registry.hpp"
 #include "server/replies.hpp"
+#include "server/reports.hpp"
 #include "server/scheduler.hpp"
 #include "server/sleeper.hpp"
+#include "server/statistics.hpp"
 #include "server/watchdog.hpp"
 
 namespace refit::daemon {
@@ -69,7 +71,9 @@ class Server {
   // time and signals
   void arm_timer();
   void on_timer();
-  void begin_drain(int signal);
+  void begin_drain(const std::string& cause);
+  void drain(Session& asker, std::uint64_t request_id);
+  [[nodiscard]] DaemonFacts facts(Clock::time_point now) const;
   void poll_everything();
 
   static int event(Server& server, int outcome);
@@ -85,6 +89,7 @@ class Server {
   Registry registry_;
   Scheduler scheduler_;
   Replies replies_;
+  Statistics statistics_;
   std::unique_ptr<Registrar> registrar_;
   std::unique_ptr<Refits> refits_;
   std::unique_ptr<Checker> checker_;

@@ -87,6 +87,20 @@ std::shared_ptr<Session> Session::over(std::shared_ptr<SessionMemory> memory,
   return session;
 }
 
+std::size_t Session::region_count() const noexcept {
+  std::size_t count = 0;
+  for (const auto& [module_name, module] : modules) count += module->registration->regions.size();
+  return count;
+}
+
+std::uint64_t Session::registered_bytes() const noexcept {
+  std::uint64_t bytes = 0;
+  for (const auto& [module_name, module] : modules) {
+    for (const Mapping& mapping : module->registration->regions) bytes += mapping.bytes();
+  }
+  return bytes;
+}
+
 std::string Session::label() const {
   return std::string(role_name(role)) + " " + name + " (session " + std::to_string(id) + ", pid " +
          std::to_string(peer.pid) + ")";

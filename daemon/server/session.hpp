@@ -14,6 +14,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -52,8 +53,14 @@ struct SessionMemory {
   }
 };
 
+/// That a check found every tensor of a module equal, and which version that was.
+struct Proof {
+  std::uint64_t version = 0;
+  Clock::time_point at;
+};
+
 /// A checked manifest with its memory mapped. Immutable but for `populated`, which the loop thread
-/// sets once.
+/// sets once, and `proof`.
 struct Registration {
   std::shared_ptr<const Manifest> manifest;
   std::vector<Mapping> regions;
@@ -62,6 +69,7 @@ struct Registration {
       0;  ///< of its layer buffers' words in the session's request region
   bool populated = false;
   bool asleep = false;  ///< a sleeping engine's: the memory was given up, only the manifest is left
+  std::optional<Proof> proof;  ///< the last one
 };
 
 /// The phases of a refit in microseconds, as the wire has them.
@@ -125,6 +133,10 @@ class Session {
     return label() + " of uid " + std::to_string(peer.uid);
   }
 
+  /// What its registrations hold mapped.
+  [[nodiscard]] std::size_t region_count() const noexcept;
+  [[nodiscard]] std::uint64_t registered_bytes() const noexcept;
+
   // -- requests
 
   struct Request {
@@ -161,6 +173,7 @@ class Session {
   Role role = Role::observer;
   std::string name;
   PeerCredentials peer;
+  Clock::time_point connected = Clock::now();
   UniqueFd socket;
   UniqueFd pidfd;
   std::shared_ptr<SessionMemory> memory;

@@ -4,7 +4,9 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -21,6 +23,10 @@ struct SessionStatus {
   std::string name;
   std::uint32_t uid = 0, pid = 0, modules = 0;
   bool asleep = false;  ///< an engine that gave its memory up until it wakes
+  std::uint32_t regions = 0;
+  std::uint64_t registered_bytes = 0;
+  std::uint32_t in_flight = 0;  ///< requests that the daemon took and has not answered
+  std::uint64_t age_us = 0;
 };
 
 struct ModuleStatus {
@@ -46,6 +52,52 @@ struct DaemonStatus {
   std::vector<ModuleStatus> modules;
 };
 
+/// One phase of all committed refits: how many lie within each of DaemonMetrics::bounds_us and not
+/// within the one before; the last count is of what is above all bounds.
+struct PhaseHistogram {
+  std::vector<std::uint64_t> counts;
+  double sum_us = 0;
+};
+
+/// What a uid uses of something that is limited per uid.
+struct QuotaUse {
+  std::uint32_t uid = 0;
+  std::string quota;
+  std::uint64_t used = 0;
+  std::uint64_t limit = 0;  ///< 0: none
+};
+
+/// That a check found every tensor of a module equal.
+struct ModuleProof {
+  std::uint64_t version = 0;
+  std::uint64_t age_us = 0;
+};
+
+struct ModuleMetrics {
+  std::string engine, module;
+  std::uint32_t uid = 0;
+  ModuleState state = ModuleState::none;
+  std::uint64_t version = 0, refits = 0, bytes = 0;
+  std::optional<ModuleProof> proof;  ///< the last one; nothing if there was none
+};
+
+/// Counters of the daemon's life and what it holds now.
+struct DaemonMetrics {
+  std::string version, copy_kernel;
+  std::uint32_t protocol = 0;
+  std::uint64_t layout = 0;
+  Waiting waiting = Waiting::adaptive;
+  bool draining = false;
+  std::uint64_t uptime_us = 0;
+  std::uint64_t committed = 0, moved_bytes = 0;
+  std::map<Errc, std::uint64_t> failures;  ///< refits by why they failed; only what happened
+  std::vector<float> bounds_us;
+  PhaseHistogram wait, gate, copy, total;
+  std::uint64_t checks = 0, tensors_verified = 0, tensors_mismatched = 0, tensors_missing = 0;
+  std::vector<QuotaUse> quotas;
+  std::vector<ModuleMetrics> modules;
+};
+
 class Observer {
  public:
   [[nodiscard]] static Result<Observer> connect(const std::string& name,
@@ -61,6 +113,13 @@ class Observer {
                                                         Deadline deadline);
   [[nodiscard]] Result<CheckReport> check(const CheckRequest& request, Deadline deadline);
   [[nodiscard]] Result<DigestReport> digest(const DigestRequest& request, Deadline deadline);
+  [[nodiscard]] Result<DaemonMetrics> metrics(Deadline deadline);
+
+  /// Asks the daemon to end: it takes no new work, finishes what runs, and exits. Only root and the
+  /// daemon's own user may. Returns when it has begun.
+  [[nodiscard]] Result<void> drain(Deadline deadline);
+  /// Waits for the end of the daemon's process; Errc::deadline while it lives.
+  [[nodiscard]] Result<void> wait_gone(Deadline deadline);
 
  private:
   class Impl;
