@@ -1,13 +1,21 @@
-// The commands. One thread. Write nothing themselves; know nothing of the option library.
+// The commands. One thread. Know nothing of the option library.
 #include "refitctl/commands.hpp"
 
 #include <chrono>
 
 #include "refit/observer.hpp"
+#include "refitctl/ask.hpp"
 #include "refitctl/check_result.hpp"
+#include "refitctl/doctor/probe.hpp"
+#include "refitctl/doctor/report.hpp"
+#include "refitctl/drain.hpp"
 #include "refitctl/format/json.hpp"
+#include "refitctl/format/metrics.hpp"
+#include "refitctl/format/text.hpp"
 #include "refitctl/format/views.hpp"
 #include "refitctl/manifest_file.hpp"
+#include "refitctl/textfile.hpp"
+#include "refitctl/users.hpp"
 
 namespace refit::ctl {
 namespace {
@@ -18,22 +26,11 @@ double us_since(Clock::time_point start) {
   return std::chrono::duration<double, std::micro>(Clock::now() - start).count();
 }
 
-Failed failed(const Options& options, Error error, Stage stage) {
-  return Failed(explain(std::move(error), stage,
-                        {options.socket_path, options.timeout_s, options.socket_given}));
-}
-
-Deadline deadline_of(const Options& options) {
-  return Deadline::in(std::chrono::duration_cast<Clock::duration>(
-      std::chrono::duration<double>(options.timeout_s)));
-}
-
-Outcome<Observer> connect(const Options& options, Deadline deadline) {
-  // A question now and then is not worth a spinning core.
-  Result<Observer> observer =
-      Observer::connect("refitctl", {options.socket_path, Waiting::off}, deadline);
-  if (!observer) return failed(options, std::move(observer).error(), Stage::connect);
-  return std::move(*observer);
+std::string module_names(const DaemonStatus& status) {
+  std::string text;
+  for (const ModuleStatus& module : status.modules)
+    text += escape(module.engine + "/" + module.module) + "\n";
+  return text;
 }
 
 Outcome<Answer> show_status(const Options& options, const Style& style) {
@@ -43,6 +40,11 @@ Outcome<Answer> show_status(const Options& options, const Style& style) {
   Result<DaemonStatus> status = observer->status(deadline);
   if (!status) return failed(options, std::move(status).error(), Stage::ask);
 
+  if (options.command == Command::sessions) {
+    return Answer{options.json ? sessions_json(*status)
+                               : sessions_text(*status, user_label, style)};
+  }
+  if (options.names) return Answer{module_names(*status)};
   if (options.command == Command::modules) {
     return Answer{options.json ? modules_json(*status) : modules_text(*status, style)};
   }
@@ -58,6 +60,11 @@ Outcome<Answer> show_tensors(const Options& options, const Style& style) {
       observer->tensors(target.engine, target.module, deadline);
   if (!tensors) return failed(options, std::move(tensors).error(), Stage::ask);
 
+  if (options.names) {
+    std::string names;
+    for (const TensorSpec& tensor : *tensors) names += escape(tensor.name) + "\n";
+    return Answer{std::move(names)};
+  }
   return Answer{options.json ? tensors_json(target, *tensors)
                              : tensors_text(target, *tensors, style)};
 }
@@ -174,11 +181,43 @@ Outcome<Answer> show_check(const Options& options, const Style& style) {
                 result.ok() ? ExitCode::ok : ExitCode::failure};
 }
 
+Outcome<DaemonMetrics> ask_metrics(const Options& options) {
+  const Deadline deadline = deadline_of(options);
+  Outcome<Observer> observer = connect(options, deadline);
+  if (!observer) return Failed(std::move(observer).error());
+  Result<DaemonMetrics> metrics = observer->metrics(deadline);
+  if (!metrics) return failed(options, std::move(metrics).error(), Stage::ask);
+  return std::move(*metrics);
+}
+
+Outcome<Answer> show_metrics(const Options& options) {
+  const Outcome<DaemonMetrics> metrics = ask_metrics(options);
+  if (!options.textfile_path.empty()) {
+    // Series of a daemon that is gone must not stay: the collector would go on telling them.
+    const Result<void> written = replace_file(
+        options.textfile_path,
+        prometheus_text(metrics ? metric_families(*metrics) : metric_families_of_no_daemon()));
+    if (!metrics) return Failed(metrics.error());
+    if (!written) return failed(options, written.error(), Stage::output);
+    return Answer{};
+  }
+  if (!metrics) return Failed(metrics.error());
+  const std::vector<MetricFamily> families = metric_families(*metrics);
+  return Answer{options.json ? metrics_json(families) : prometheus_text(families)};
+}
+
+Answer show_doctor(const Options& options, const Style& style) {
+  const std::vector<Finding> findings = judge(probe_host(options));
+  return {options.json ? doctor_json(findings) : doctor_text(findings, style),
+          any_failed(findings) ? ExitCode::failure : ExitCode::ok};
+}
+
 }  // namespace
 
 Outcome<Answer> run_command(const Options& options, const Style& style) {
   switch (options.command) {
     case Command::status:
+    case Command::sessions:
     case Command::modules:
       return show_status(options, style);
     case Command::tensors:
@@ -187,6 +226,12 @@ Outcome<Answer> run_command(const Options& options, const Style& style) {
       return show_digest(options, style);
     case Command::check:
       return show_check(options, style);
+    case Command::metrics:
+      return show_metrics(options);
+    case Command::doctor:
+      return show_doctor(options, style);
+    case Command::drain:
+      return drain(options, style);
   }
   return failed(options, Error{Errc::bad_argument, 0, "no such command", {}}, Stage::arguments);
 }

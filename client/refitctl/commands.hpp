@@ -1,7 +1,7 @@
 // The commands: ask the daemon, and make the answer into text.
 //
-// One thread. Writes nothing itself. Knows nothing of the option library and of file descriptors
-// but the manifest's.
+// One thread. Writes nothing itself but a file of metrics and the progress of a drain. Knows
+// nothing of the option library and of file descriptors but the manifest's.
 #pragma once
 
 #include <string>

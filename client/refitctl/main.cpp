@@ -12,6 +12,7 @@
 #include "refitctl/commands.hpp"
 #include "refitctl/options.hpp"
 #include "refitctl/output.hpp"
+#include "refitctl/watch.hpp"
 
 namespace {
 
@@ -47,6 +48,10 @@ ExitCode run(int argc, const char* const* argv) {
     return print(information->text, ExitCode::ok, false);
   }
   const Options& options = std::get<Options>(*parsed);
+  if (options.watch_interval_s) {
+    const auto ended = refit::ctl::watch_status(options);
+    return ended ? *ended : report(ended.error(), options.json);
+  }
   const auto answer = refit::ctl::run_command(options, refit::ctl::style_of(STDOUT_FILENO));
   if (!answer) return report(answer.error(), options.json);
   return print(answer->text, answer->exit, options.json);

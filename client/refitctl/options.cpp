@@ -5,9 +5,11 @@
 #include <sys/un.h>
 
 #include <CLI/CLI.hpp>
+#include <cstdlib>
 #include <sstream>
 
 #include "refit/connection.hpp"
+#include "refitctl/completion.hpp"
 #include "refitctl/manifest_file.hpp"
 
 namespace refit::ctl {
@@ -15,7 +17,11 @@ namespace {
 
 constexpr double kShortTimeoutS = 10;
 constexpr double kHashingTimeoutS = 600;
+constexpr double kDrainTimeoutS = 600;
 constexpr double kTimeoutMaxS = 1e6;
+constexpr double kWatchS = 1;
+constexpr double kWatchMinS = 0.1;
+constexpr double kWatchMaxS = 86'400;
 constexpr std::size_t kSocketPathBytesMax = sizeof(sockaddr_un::sun_path) - 1;
 
 constexpr const char* kVersionText = "refitctl " REFITCTL_VERSION;
@@ -27,6 +33,9 @@ constexpr const char* kFooter = R"(Examples:
   refitctl check step7.json                       does the engine still hold these weights?
   refitctl check engine1/transformer step7.json   does another engine hold the same?
   refitctl status --json | jq '.modules[] | {engine, version, us: .last_refit.total_us}'
+  refitctl metrics --textfile /var/lib/node_exporter/textfile/refit.prom
+  refitctl doctor                                 what works on this host, and what to change
+  refitctl drain --wait                           finish what runs, then end
 `refitctl COMMAND --help` explains a command and the keys of its JSON.
 
 Environment:
@@ -36,7 +45,7 @@ Environment:
 
 Exit status:
   0  done; of check: all that is expected is there and equal, and the module is whole
-  1  failed; of check: something differs or is missing; of check and digest: the module is
+  1  failed; of doctor: refits cannot work like this; of check: something differs or is missing; of check and digest: the module is
      poisoned or being written
   2  bad arguments, or a manifest that is none
   4  no permission
@@ -55,13 +64,29 @@ constexpr const char* kStatusFooter = R"(Phases of each module's last refit, in 
 JSON:
   daemon    {version, pid, uptime_us, socket, waiting, copy_kernel, copy_threads, draining,
             refits}
-  sessions  [{id, role, name, uid, pid, modules}]
+  sessions  as `refitctl sessions --json`
   modules   as `refitctl modules --json`
+
+--watch redraws on a terminal until Ctrl-C. Into a pipe it appends lines, with --json one object a
+turn, with "time", and "note" where something happened to the daemon. A daemon that is restarted
+meanwhile is waited for; without an answer a turn has "error" instead of the keys above.
 
 Examples:
   refitctl status
-  refitctl --socket /tmp/refitd.sock status
-  watch -n 1 refitctl status)";
+  refitctl status --watch
+  refitctl status --watch 0.5 --json | jq -c '[.time, .daemon.refits]'
+  refitctl --socket /tmp/refitd.sock status)";
+
+constexpr const char* kSessionsFooter =
+    R"(One line for each trainer, engine and tool that is connected. SIZE is what a session's regions
+have mapped, IN FLIGHT how many of its requests the daemon has not answered.
+
+JSON:
+  sessions  [{id, role, name, uid, pid, modules, regions, registered_bytes, in_flight, age_us}]
+
+Examples:
+  refitctl sessions
+  refitctl sessions --json | jq -r '.sessions[] | select(.role == "engine") | .pid')";
 
 constexpr const char* kModulesFooter = R"(JSON:
   modules  [{engine, module, state, version, source, transaction, tensors, bytes, refits,
@@ -71,7 +96,8 @@ constexpr const char* kModulesFooter = R"(JSON:
 
 Examples:
   refitctl modules
-  refitctl modules --json | jq -r '.modules[] | select(.state == "poisoned") | .engine')";
+  refitctl modules --json | jq -r '.modules[] | select(.state == "poisoned") | .engine'
+  for m in $(refitctl modules --names); do refitctl digest "$m" --kind xxh3; done)";
 
 constexpr const char* kTensorsFooter =
     R"(Offsets are bytes, strides elements. Where a tensor is part of a larger one, OF SHAPE is
@@ -123,6 +149,60 @@ Examples:
   refitctl check digests.json --target engine0/transformer --kind raw
   refitctl digest engine0/vae --json | refitctl check engine1/vae -)";
 
+constexpr const char* kMetricsFooter =
+    R"(Text that Prometheus reads (exposition format 0.0.4): refits and why they failed, bytes, phases as
+histograms in seconds, checks, quotas by uid, and of each module its version, its state and how far
+the last check that proved it whole lies back. Counters begin anew with the daemon. The daemon
+itself opens no network socket: node_exporter's textfile collector, fed by a timer, brings the
+metrics to Prometheus.
+
+With --textfile a file of the same folder is written, synced and renamed, so that the collector
+never reads half of one. If the daemon does not answer the file says `refit_up 0` and nothing else,
+and the exit status is that of the failure.
+
+JSON:
+  metrics  [{name, type, help, samples: [{name, labels, value}]}]; an infinite value is null
+
+Examples:
+  refitctl metrics
+  refitctl metrics --textfile /var/lib/node_exporter/textfile/refit.prom
+  refitctl metrics --json | jq '.metrics[] | select(.name == "refit_module_version")')";
+
+constexpr const char* kDoctorFooter =
+    R"(Tries what refits need, here and now: sealed memory, populated and huge pages, process handles;
+reads limits, the CPU, the sockets that clients would choose; and asks the daemon if there is one.
+What it makes it takes away again. Run it as the user who has the trouble.
+  ok    as it should be
+  warn  works, but slower, smaller or harder to run; also where no daemon runs
+  fail  refits cannot work like this
+
+JSON:
+  ok      true if nothing failed
+  checks  [{id, title, verdict, found, advice}]; verdict is ok, warn or fail, ids stay as they are
+
+Examples:
+  refitctl doctor
+  sudo -u trainer refitctl doctor
+  refitctl doctor --json | jq -r '.checks[] | select(.verdict != "ok") | .advice')";
+
+constexpr const char* kDrainFooter =
+    R"(As SIGTERM: new refits, checks and registrations are refused (shutting_down), what runs is
+finished, what still waits after the daemon's drain timeout is called off, and the daemon exits 0.
+Only root and the daemon's own user may. Under socket activation the next client starts it again:
+stop refitd.socket to keep it down.
+
+Without --wait this returns when the daemon has begun. With --wait it returns when the daemon's
+process has ended; --timeout bounds that, and its passing does not take the request back.
+
+JSON:
+  pid     of the daemon
+  ended   true with --wait
+  us      how long it took
+
+Examples:
+  refitctl drain
+  refitctl drain --wait --timeout 60 && echo down)";
+
 Error wrong(std::string message) { return Error{Errc::bad_argument, 0, std::move(message), {}}; }
 
 Result<void> check_socket_path(const std::string& path, const std::string& origin) {
@@ -144,6 +224,8 @@ struct Raw {
   std::string target;
   std::string kind;
   std::vector<std::string> check_arguments;
+  std::string watch_s;
+  std::string shell;
 };
 
 // The library's own usage line cannot say that one of two positionals may be left out.
@@ -176,16 +258,26 @@ class CommandLine {
     socket_ = app_.add_option("--socket", raw_.socket_path,
                               "The daemon's socket (default: see Environment)")
                   ->type_name("PATH");
-    timeout_ = app_.add_option("--timeout", raw_.timeout_s,
-                               "Longest wait for the answer (default: 10; digest and check: 600)")
-                   ->type_name("SECONDS");
+    timeout_ =
+        app_.add_option("--timeout", raw_.timeout_s,
+                        "Longest wait for the answer (default: 10; digest, check, drain: 600)")
+            ->type_name("SECONDS");
+    shell_ = app_.add_option("--print-completion", raw_.shell, "A script for the shell")
+                 ->type_name("bash")
+                 ->group("");
     app_.add_flag("--json", options_.json, "JSON with stable keys instead of tables");
 
     status_ =
         command("status", "The daemon, its sessions, modules and their last refits", kStatusFooter);
+    watch_ = status_->add_option("--watch", raw_.watch_s, "Look again every so often (default: 1)")
+                 ->type_name("[SECONDS]")
+                 ->expected(0, 1);
+    sessions_ = command("sessions", "Who is connected, and what they hold", kSessionsFooter);
     modules_ = command("modules", "The modules that engines have registered", kModulesFooter);
+    add_names(modules_);
     tensors_ = command("tensors", "The tensors of a module", kTensorsFooter);
     add_target(tensors_);
+    add_names(tensors_);
 
     digest_ = command("digest", "Digests of a module's live bytes", kDigestFooter);
     add_target(digest_);
@@ -205,6 +297,16 @@ class CommandLine {
     target_ = check_->add_option("--target", raw_.target, "The module, as an option")
                   ->type_name("ENGINE/MODULE");
     add_kind(check_, "Of a plain manifest (default: sglang)", "sglang|raw");
+
+    metrics_ = command("metrics", "Counters and histograms for Prometheus", kMetricsFooter);
+    textfile_ = metrics_
+                    ->add_option("--textfile", options_.textfile_path,
+                                 "Replace this file instead of writing to standard output")
+                    ->type_name("PATH")
+                    ->check(not_empty());
+    doctor_ = command("doctor", "What works on this host, and what to change", kDoctorFooter);
+    drain_ = command("drain", "Let the daemon finish what runs, and end", kDrainFooter);
+    drain_->add_flag("--wait", options_.wait, "Return when the daemon has ended");
   }
 
   Outcome<std::variant<Options, Information>> parse(int argc, const char* const* argv) {
@@ -218,6 +320,11 @@ class CommandLine {
         return Information{out.str()};
       }
       return bad_arguments(wrong(describe(error)));
+    }
+    if (shell_->count() > 0) {
+      if (raw_.shell == "bash") return Information{bash_completion(completed_commands())};
+      return bad_arguments(
+          wrong("completion is made for bash, and not for \"" + raw_.shell + "\""));
     }
     if (app_.get_subcommands().empty()) {
       return bad_arguments(wrong(std::string("a command is missing: ") + kCommandNames));
@@ -235,7 +342,8 @@ class CommandLine {
   }
 
  private:
-  static constexpr const char* kCommandNames = "status, modules, tensors, digest or check";
+  static constexpr const char* kCommandNames =
+      "status, sessions, modules, tensors, digest, check, metrics, doctor or drain";
 
   CLI::App* command(const char* name, const char* description, const char* footer) {
     CLI::App* sub = app_.add_subcommand(name, description);
@@ -245,6 +353,10 @@ class CommandLine {
 
   void add_target(CLI::App* sub) {
     sub->add_option("ENGINE/MODULE", raw_.target, "The module")->type_name(" ");
+  }
+
+  void add_names(CLI::App* sub) {
+    sub->add_flag("--names", options_.names, "Only the names, one a line, as the table has them");
   }
 
   void add_kind(CLI::App* sub, const char* description, const char* kinds) {
@@ -280,13 +392,18 @@ class CommandLine {
       options_.socket_given = true;
     }
     const bool hashes = digest_->parsed() || check_->parsed();
-    options_.timeout_s = hashes ? kHashingTimeoutS : kShortTimeoutS;
+    options_.timeout_s = hashes             ? kHashingTimeoutS
+                         : drain_->parsed() ? kDrainTimeoutS
+                                            : kShortTimeoutS;
     if (timeout_->count() > 0) {
       // Written so that NaN is refused too.
       if (!(raw_.timeout_s > 0 && raw_.timeout_s <= kTimeoutMaxS)) {
         return Unexpected(wrong("--timeout is a number of seconds above 0, at most 1000000"));
       }
       options_.timeout_s = raw_.timeout_s;
+    }
+    if (watch_->count() > 0) {
+      REFIT_TRY_ASSIGN(options_.watch_interval_s, parse_interval(raw_.watch_s));
     }
     if (!raw_.kind.empty()) {
       options_.kind = parse_digest_kind(raw_.kind);
@@ -295,11 +412,15 @@ class CommandLine {
       }
     }
 
-    options_.command = status_->parsed()    ? Command::status
-                       : modules_->parsed() ? Command::modules
-                       : tensors_->parsed() ? Command::tensors
-                       : digest_->parsed()  ? Command::digest
-                                            : Command::check;
+    options_.command = status_->parsed()     ? Command::status
+                       : sessions_->parsed() ? Command::sessions
+                       : metrics_->parsed()  ? Command::metrics
+                       : drain_->parsed()    ? Command::drain
+                       : doctor_->parsed()   ? Command::doctor
+                       : modules_->parsed()  ? Command::modules
+                       : tensors_->parsed()  ? Command::tensors
+                       : digest_->parsed()   ? Command::digest
+                                             : Command::check;
     if (options_.command == Command::check) {
       if (raw_.check_arguments.empty()) return Unexpected(wrong("check needs a MANIFEST.json"));
       if (raw_.check_arguments.size() > 2) {
@@ -319,6 +440,10 @@ class CommandLine {
     if (options_.module && !options_.tensors.empty()) {
       return Unexpected(wrong("--module is of all tensors, --tensor of some: give one of them"));
     }
+    if (options_.json && (options_.names || textfile_->count() > 0)) {
+      return Unexpected(wrong(std::string(options_.names ? "--names" : "--textfile") +
+                              " and --json are two forms of the answer: give one of them"));
+    }
     const bool given =
         options_.command == Command::check
             ? target_->count() > 0 || raw_.check_arguments.size() == 2
@@ -330,6 +455,49 @@ class CommandLine {
       REFIT_TRY_ASSIGN(options_.target, parse_target(raw_.target));
     }
     return {};
+  }
+
+  std::vector<CompletedCommand> completed_commands() const {
+    std::vector<CompletedCommand> commands{completed("", app_)};
+    for (const CLI::App* sub : app_.get_subcommands([](const CLI::App*) { return true; }))
+      commands.push_back(completed(sub->get_name(), *sub));
+    return commands;
+  }
+
+  static CompletedCommand completed(const std::string& name, const CLI::App& app) {
+    CompletedCommand command{name, {}, {}};
+    for (const CLI::Option* option : app.get_options([](const CLI::Option*) { return true; })) {
+      if (option->get_positional()) {
+        command.arguments.push_back(ValueKind::module);
+        if (option->get_name(true) == "MANIFEST.json") command.arguments.push_back(ValueKind::file);
+      }
+      if (option->get_group().empty()) continue;
+      for (const std::string& long_name : option->get_lnames())
+        command.options.push_back(completed_option("--" + long_name, *option));
+    }
+    return command;
+  }
+
+  static CompletedOption completed_option(std::string name, const CLI::Option& option) {
+    const std::string type = option.get_type_name();
+    if (option.get_items_expected_max() == 0) return {std::move(name), ValueKind::none, {}};
+    if (type.find('|') != std::string::npos)
+      return {std::move(name), ValueKind::words, CLI::detail::split(type, '|')};
+    const ValueKind kind = type == "PATH"            ? ValueKind::file
+                           : type == "ENGINE/MODULE" ? ValueKind::module
+                           : type == "NAME"          ? ValueKind::tensor
+                                                     : ValueKind::any;
+    return {std::move(name), kind, {}};
+  }
+
+  static Result<double> parse_interval(const std::string& text) {
+    if (text.empty()) return kWatchS;
+    char* end = nullptr;
+    const double seconds = std::strtod(text.c_str(), &end);
+    if (*end != '\0' || !(seconds >= kWatchMinS && seconds <= kWatchMaxS)) {
+      return Unexpected(wrong("--watch takes seconds from 0.1 to 86400, and not \"" + text + "\""));
+    }
+    return seconds;
   }
 
   static Failed bad_arguments(Error error) {
@@ -344,11 +512,18 @@ class CommandLine {
   CLI::Option* socket_ = nullptr;
   CLI::Option* timeout_ = nullptr;
   CLI::Option* target_ = nullptr;
+  CLI::Option* shell_ = nullptr;
+  CLI::Option* watch_ = nullptr;
+  CLI::Option* textfile_ = nullptr;
   CLI::App* status_ = nullptr;
+  CLI::App* sessions_ = nullptr;
   CLI::App* modules_ = nullptr;
   CLI::App* tensors_ = nullptr;
   CLI::App* digest_ = nullptr;
   CLI::App* check_ = nullptr;
+  CLI::App* metrics_ = nullptr;
+  CLI::App* doctor_ = nullptr;
+  CLI::App* drain_ = nullptr;
 };
 
 }  // namespace

@@ -15,7 +15,7 @@
 
 namespace refit::ctl {
 
-enum class Command { status, modules, tensors, digest, check };
+enum class Command { status, sessions, modules, tensors, digest, check, metrics, drain, doctor };
 
 struct Options {
   Command command = Command::status;
@@ -23,11 +23,15 @@ struct Options {
   bool socket_given = false;  ///< by --socket, and not by the environment
   double timeout_s = 0;
   bool json = false;
-  std::optional<Target> target;      ///< of tensors and digest; of check if it was given
-  std::optional<DigestKind> kind;    ///< nothing if it was not given
-  std::vector<std::string> tensors;  ///< digest: empty means all
-  bool module = false;               ///< digest: also the module's own
-  std::string manifest_path;         ///< check: "-" is standard input
+  std::optional<Target> target;            ///< of tensors and digest; of check if it was given
+  std::optional<DigestKind> kind;          ///< nothing if it was not given
+  std::vector<std::string> tensors;        ///< digest: empty means all
+  bool module = false;                     ///< digest: also the module's own
+  std::string manifest_path;               ///< check: "-" is standard input
+  std::optional<double> watch_interval_s;  ///< status: nothing to look once
+  bool names = false;                      ///< modules and tensors: only the names
+  std::string textfile_path;               ///< metrics: empty means standard output
+  bool wait = false;                       ///< drain: until the daemon has ended
 };
 
 /// Help or a version, to be printed to standard output.

@@ -4,302 +4,21 @@
 // One thread, and one that Engine::serve() owns. Knows the tool by its arguments, texts, JSON and
 // exit status alone.
 #include <fcntl.h>
-#include <gtest/gtest.h>
-#include <poll.h>
 #include <pty.h>
-#include <sys/socket.h>
-#include <sys/stat.h>
-#include <sys/un.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
 #include <array>
 #include <cerrno>
-#include <chrono>
 #include <csignal>
-#include <cstdlib>
-#include <cstring>
-#include <filesystem>
-#include <fstream>
-#include <map>
-#include <nlohmann/json.hpp>
-#include <refit/engine.hpp>
-#include <refit/memory.hpp>
-#include <refit/observer.hpp>
-#include <refit/trainer.hpp>
-#include <string>
-#include <thread>
-#include <vector>
 
-namespace refit {
+#include "support/refitctl_system.hpp"
+
+namespace refit::test {
 namespace {
 
-using nlohmann::json;
-using std::chrono::milliseconds;
-
-constexpr int kPatienceMs = 30'000;
-constexpr std::size_t kTensorBytes = 64;
 // sha256sum and xxh128sum of 64 times "*".
 constexpr const char* kStarsSha256 =
     "4ac5b1038ff9a79b5ed7a8cbbb97f2b658871d6a02c0d12e1aec4bba51ec19d9";
 constexpr const char* kStarsXxh3 = "afa9a28f5b7fe2699c7fae802125e66b";
-
-Deadline soon() { return Deadline::in(milliseconds(kPatienceMs)); }
-
-bool contains(const std::string& text, const std::string& part) {
-  return text.find(part) != std::string::npos;
-}
-
-/// What a finished process left. `status` is the exit status, or 1000 + the signal that ended it.
-struct Finished {
-  int status = -1;
-  std::string out;
-  std::string err;
-};
-
-struct RunOptions {
-  std::string input;
-  std::map<std::string, std::string> environment;
-  int out_fd = -1;  ///< standard output goes there instead of into Finished::out
-  bool default_sigpipe = true;
-  bool as_nobody = false;  ///< drops root's rights, which no permission stops
-};
-
-// Reads from both ends while writing the input, so that no full pipe stops anybody.
-Finished run(const std::string& program, const std::vector<std::string>& arguments,
-             const RunOptions& options = {}) {
-  Finished finished;
-  std::array<int, 2> in{}, out{}, err{};
-  if (::pipe2(in.data(), O_CLOEXEC) != 0 || ::pipe2(out.data(), O_CLOEXEC) != 0 ||
-      ::pipe2(err.data(), O_CLOEXEC) != 0) {
-    ADD_FAILURE() << "pipe2: " << std::strerror(errno);
-    return finished;
-  }
-  std::vector<std::string> words = arguments;
-  words.insert(words.begin(), program);
-  std::vector<char*> argv;
-  for (std::string& word : words) argv.push_back(word.data());
-  argv.push_back(nullptr);
-  // Opened before rights are dropped: the build folder may be another user's.
-  const int binary = ::open(program.c_str(), O_PATH | O_CLOEXEC);
-
-  const pid_t pid = ::fork();
-  if (pid == 0) {
-    ::dup2(in[0], STDIN_FILENO);
-    ::dup2(options.out_fd >= 0 ? options.out_fd : out[1], STDOUT_FILENO);
-    ::dup2(err[1], STDERR_FILENO);
-    std::signal(SIGPIPE, options.default_sigpipe ? SIG_DFL : SIG_IGN);
-    for (const char* name : {"REFIT_SOCKET", "NO_COLOR"}) ::unsetenv(name);
-    for (const auto& [name, value] : options.environment) ::setenv(name.c_str(), value.c_str(), 1);
-    if (options.as_nobody && ::geteuid() == 0 && (::setgid(65534) != 0 || ::setuid(65534) != 0)) {
-      ::_exit(126);
-    }
-    ::fexecve(binary, argv.data(), environ);
-    ::_exit(127);
-  }
-  for (const int fd : {in[0], out[1], err[1], binary}) ::close(fd);
-  ::fcntl(in[1], F_SETFL, O_NONBLOCK);
-
-  std::size_t written = 0;
-  if (options.input.empty()) {
-    ::close(in[1]);
-    in[1] = -1;
-  }
-  std::array<pollfd, 3> fds{{{in[1], POLLOUT, 0}, {out[0], POLLIN, 0}, {err[0], POLLIN, 0}}};
-  while (fds[1].fd >= 0 || fds[2].fd >= 0) {
-    if (::poll(fds.data(), fds.size(), kPatienceMs) <= 0) {
-      ADD_FAILURE() << program << " hangs";
-      ::kill(pid, SIGKILL);
-      break;
-    }
-    if (fds[0].fd >= 0 && fds[0].revents != 0) {
-      const ssize_t count =
-          ::write(in[1], options.input.data() + written, options.input.size() - written);
-      if (count > 0) written += static_cast<std::size_t>(count);
-      if (written == options.input.size() || (count < 0 && errno != EAGAIN)) {
-        ::close(in[1]);
-        fds[0].fd = in[1] = -1;
-      }
-    }
-    for (const std::size_t i : {std::size_t{1}, std::size_t{2}}) {
-      if (fds[i].fd < 0 || fds[i].revents == 0) continue;
-      std::array<char, 65536> buffer;
-      const ssize_t count = ::read(fds[i].fd, buffer.data(), buffer.size());
-      if (count > 0) {
-        (i == 1 ? finished.out : finished.err)
-            .append(buffer.data(), static_cast<std::size_t>(count));
-      } else {
-        fds[i].fd = -1;
-      }
-    }
-  }
-  for (const int fd : {in[1], out[0], err[0]}) {
-    if (fd >= 0) ::close(fd);
-  }
-  int status = 0;
-  ::waitpid(pid, &status, 0);
-  finished.status = WIFEXITED(status) ? WEXITSTATUS(status) : 1000 + WTERMSIG(status);
-  return finished;
-}
-
-/// A daemon on a socket of its own; ended and waited for with the object.
-class Daemon {
- public:
-  explicit Daemon(std::string socket_path) : socket_path_(std::move(socket_path)) {}
-  ~Daemon() { stop(SIGKILL); }
-  Daemon(const Daemon&) = delete;
-  Daemon& operator=(const Daemon&) = delete;
-
-  void start(const char* program = REFITD_PATH, const std::string& point = "") {
-    pid_ = ::fork();
-    if (pid_ == 0) {
-      if (!point.empty()) ::setenv("REFIT_POINT", point.c_str(), 1);
-      ::execl(program, program, "--socket", socket_path_.c_str(), nullptr);
-      ::_exit(127);
-    }
-    ASSERT_GT(pid_, 0);
-    const Deadline deadline = soon();
-    for (;;) {
-      auto probe = Observer::connect("probe", {socket_path_, Waiting::off}, deadline);
-      if (probe) return;
-      ASSERT_FALSE(deadline.passed()) << probe.error().to_string();
-      ASSERT_EQ(::waitpid(pid_, nullptr, WNOHANG), 0) << "the daemon ended at its start";
-      std::this_thread::sleep_for(milliseconds(5));
-    }
-  }
-
-  void stop(int signal) {
-    if (pid_ <= 0) return;
-    ::kill(pid_, SIGCONT);
-    ::kill(pid_, signal);
-    ::waitpid(pid_, nullptr, 0);
-    pid_ = -1;
-  }
-
-  /// Stands still when this returns.
-  void suspend() {
-    ::kill(pid_, SIGSTOP);
-    ::waitpid(pid_, nullptr, WUNTRACED);
-  }
-
-  /// True once it died of SIGKILL that it sent itself.
-  bool killed_itself() {
-    const std::optional<int> status = wait();
-    return status && WIFSIGNALED(*status) && WTERMSIG(*status) == SIGKILL;
-  }
-
-  /// Asks it to end; true if it did so with status 0, or was not running.
-  bool ends_well() {
-    if (pid_ <= 0) return true;
-    ::kill(pid_, SIGTERM);
-    const std::optional<int> status = wait();
-    return status && WIFEXITED(*status) && WEXITSTATUS(*status) == 0;
-  }
-
-  [[nodiscard]] pid_t pid() const { return pid_; }
-
- private:
-  // What waitpid() said, or nothing if it runs on.
-  std::optional<int> wait() {
-    int status = 0;
-    const Deadline deadline = soon();
-    while (::waitpid(pid_, &status, WNOHANG) == 0) {
-      if (deadline.passed()) return std::nullopt;
-      std::this_thread::sleep_for(milliseconds(5));
-    }
-    pid_ = -1;
-    return status;
-  }
-
-  std::string socket_path_;
-  pid_t pid_ = -1;
-};
-
-class RefitctlSystem : public testing::Test {
- protected:
-  void SetUp() override {
-    // A folder of a short name, because a socket's path has 107 bytes; others may pass through it.
-    std::string path = "/tmp/refitctl-test-XXXXXX";
-    ASSERT_NE(::mkdtemp(path.data()), nullptr);
-    folder_ = path;
-    ASSERT_EQ(::chmod(folder_.c_str(), 0755), 0);
-    socket_path_ = folder_ + "/refitd.sock";
-    daemon_.emplace(socket_path_);
-  }
-
-  void TearDown() override {
-    trainer_.reset();
-    engine_.reset();
-    EXPECT_TRUE(!daemon_ || daemon_->ends_well());
-    daemon_.reset();
-    std::error_code ignored;
-    if (!folder_.empty()) std::filesystem::remove_all(folder_, ignored);
-  }
-
-  Finished refitctl(std::vector<std::string> arguments, const RunOptions& options = {}) {
-    arguments.insert(arguments.begin(), {"--socket", socket_path_});
-    return run(REFITCTL_PATH, arguments, options);
-  }
-
-  static json parsed(const Finished& finished) {
-    json root = json::parse(finished.out, nullptr, false);
-    EXPECT_FALSE(root.is_discarded()) << "no JSON: " << finished.out << finished.err;
-    return root;
-  }
-
-  std::string file(const std::string& name, const std::string& content) {
-    std::string path = folder_ + "/" + name;
-    std::ofstream(path, std::ios::binary) << content;
-    return path;
-  }
-
-  std::byte* bytes_of(std::size_t tensor) { return memory_->data() + tensor * kTensorBytes; }
-
-  /// Registers engine0/transformer: uint8 tensors of 64 bytes, every one full of "*".
-  void start_engine(const std::vector<std::string>& names) {
-    auto memory = SharedMemory::allocate(names.size() * kTensorBytes, "engine");
-    ASSERT_TRUE(memory) << memory.error().to_string();
-    memory_ = *memory;
-    std::memset(memory_->data(), '*', names.size() * kTensorBytes);
-    ModuleSpec spec("transformer");
-    for (std::size_t i = 0; i < names.size(); ++i) {
-      ASSERT_TRUE(spec.add(names[i], DType::uint8, {8, 8}, memory_, bytes_of(i)));
-    }
-    auto engine = Engine::connect("engine0", {socket_path_, Waiting::off}, soon());
-    ASSERT_TRUE(engine) << engine.error().to_string();
-    engine_.emplace(std::move(*engine));
-    const auto registered = engine_->register_module(spec, soon());
-    ASSERT_TRUE(registered) << registered.error().to_string();
-  }
-
-  /// Registers the same tensors at a trainer, every one full of `fill`, and refits once.
-  Result<RefitReport> refit_once(const std::vector<std::string>& names, char fill) {
-    auto memory = SharedMemory::allocate(names.size() * kTensorBytes, "trainer");
-    if (!memory) return Unexpected(memory.error());
-    std::memset((*memory)->data(), fill, names.size() * kTensorBytes);
-    ModuleSpec spec("transformer");
-    for (std::size_t i = 0; i < names.size(); ++i) {
-      REFIT_TRY(
-          spec.add(names[i], DType::uint8, {8, 8}, *memory, (*memory)->data() + i * kTensorBytes));
-    }
-    REFIT_TRY_ASSIGN(Trainer trainer,
-                     Trainer::connect("trainer0", {socket_path_, Waiting::off}, soon()));
-    REFIT_TRY(trainer.register_module(spec, soon()));
-    trainer_.emplace(std::move(trainer));
-    engine_->bind_to_this_thread();
-    RefitTarget target;
-    target.engine = "engine0";
-    target.module = "transformer";
-    return trainer_->refit(target, soon());
-  }
-
-  std::string folder_;
-  std::string socket_path_;
-  std::optional<Daemon> daemon_;
-  std::shared_ptr<SharedMemory> memory_;
-  std::optional<Engine> engine_;
-  std::optional<Trainer> trainer_;
-};
 
 TEST_F(RefitctlSystem, IdleDaemonShowsItself) {
   daemon_->start();
@@ -678,6 +397,10 @@ TEST_F(RefitctlSystem, HelpAndVersionNeedNoDaemon) {
   for (const std::vector<std::string>& arguments : {std::vector<std::string>{"--help"},
                                                     {"--version"},
                                                     {"status", "--help"},
+                                                    {"sessions", "--help"},
+                                                    {"metrics", "--help"},
+                                                    {"drain", "--help"},
+                                                    {"doctor", "--help"},
                                                     {"modules", "--help"},
                                                     {"tensors", "--help"},
                                                     {"digest", "--help"},
@@ -748,4 +471,4 @@ TEST_F(RefitctlSystem, ColoursAreForTerminalsOnly) {
 }
 
 }  // namespace
-}  // namespace refit
+}  // namespace refit::test

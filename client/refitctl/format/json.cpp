@@ -16,6 +16,10 @@ std::string dump(const Json& json) {
   return json.dump(2, ' ', true, Json::error_handler_t::replace) + "\n";
 }
 
+std::string dump_line(const Json& json) {
+  return json.dump(-1, ' ', true, Json::error_handler_t::replace) + "\n";
+}
+
 Json text_or_null(const std::string& text) { return text.empty() ? Json() : Json(text); }
 
 // A float's shortest decimal, not the double that it widens to; JSON has no infinity.
@@ -54,9 +58,7 @@ Json module_array(const DaemonStatus& status) {
   return modules;
 }
 
-}  // namespace
-
-std::string status_json(const DaemonStatus& status) {
+Json session_array(const DaemonStatus& status) {
   Json sessions = Json::array();
   for (const SessionStatus& session : status.sessions) {
     sessions.push_back({{"id", session.id},
@@ -64,20 +66,51 @@ std::string status_json(const DaemonStatus& status) {
                         {"name", session.name},
                         {"uid", session.uid},
                         {"pid", session.pid},
-                        {"modules", session.modules}});
+                        {"modules", session.modules},
+                        {"regions", session.regions},
+                        {"registered_bytes", session.registered_bytes},
+                        {"in_flight", session.in_flight},
+                        {"age_us", session.age_us}});
   }
-  return dump({{"daemon",
-                {{"version", status.version},
-                 {"pid", status.pid},
-                 {"uptime_us", status.uptime_us},
-                 {"socket", status.socket},
-                 {"waiting", waiting_name(status.waiting)},
-                 {"copy_kernel", status.copy_kernel},
-                 {"copy_threads", status.copy_threads},
-                 {"draining", status.draining},
-                 {"refits", status.refits}}},
-               {"sessions", sessions},
-               {"modules", module_array(status)}});
+  return sessions;
+}
+
+Json status_object(const DaemonStatus& status) {
+  return {{"daemon",
+           {{"version", status.version},
+            {"pid", status.pid},
+            {"uptime_us", status.uptime_us},
+            {"socket", status.socket},
+            {"waiting", waiting_name(status.waiting)},
+            {"copy_kernel", status.copy_kernel},
+            {"copy_threads", status.copy_threads},
+            {"draining", status.draining},
+            {"refits", status.refits}}},
+          {"sessions", session_array(status)},
+          {"modules", module_array(status)}};
+}
+
+}  // namespace
+
+std::string status_json(const DaemonStatus& status) { return dump(status_object(status)); }
+
+std::string status_json_line(const DaemonStatus& status, const std::string& time,
+                             const std::string& note) {
+  Json json = status_object(status);
+  json["time"] = time;
+  json["note"] = text_or_null(note);
+  return dump_line(json);
+}
+
+std::string silence_json_line(const Error& error, const std::string& time,
+                              const std::string& note) {
+  return dump_line({{"time", time},
+                    {"note", text_or_null(note)},
+                    {"error", {{"code", errc_name(error.code)}, {"message", error.message}}}});
+}
+
+std::string sessions_json(const DaemonStatus& status) {
+  return dump({{"sessions", session_array(status)}});
 }
 
 std::string modules_json(const DaemonStatus& status) {

@@ -15,6 +15,12 @@ namespace refit::ctl {
 
 // Text is ASCII and indented. Bytes of a name that are no UTF-8 become U+FFFD.
 [[nodiscard]] std::string status_json(const DaemonStatus& status);
+/// One turn of a watch in one line: status_json() with "time" and "note", or the error and those.
+[[nodiscard]] std::string status_json_line(const DaemonStatus& status, const std::string& time,
+                                           const std::string& note);
+[[nodiscard]] std::string silence_json_line(const Error& error, const std::string& time,
+                                            const std::string& note);
+[[nodiscard]] std::string sessions_json(const DaemonStatus& status);
 [[nodiscard]] std::string modules_json(const DaemonStatus& status);
 [[nodiscard]] std::string tensors_json(const Target& target,
                                        const std::vector<TensorSpec>& tensors);

@@ -137,6 +137,47 @@ std::string status_text(const DaemonStatus& status, const Style& style) {
   return text;
 }
 
+std::string status_lines(const DaemonStatus& status, const std::string& time) {
+  std::string text = time + " refitd pid=" + std::to_string(status.pid) +
+                     " refits=" + std::to_string(status.refits) +
+                     " sessions=" + std::to_string(status.sessions.size()) +
+                     " modules=" + std::to_string(status.modules.size()) +
+                     " draining=" + (status.draining ? "yes" : "no") + "\n";
+  for (const ModuleStatus& module : status.modules) {
+    text += time + " " + escape(module.engine + "/" + module.module) +
+            " state=" + std::string(module_state_name(module.state)) +
+            " version=" + std::to_string(module.version) +
+            " refits=" + std::to_string(module.refits);
+    if (module.refits > 0)
+      text += " last_total_us=" + format_us(static_cast<double>(module.last.total_us));
+    text += "\n";
+  }
+  return text;
+}
+
+std::string sessions_text(const DaemonStatus& status,
+                          const std::function<std::string(std::uint32_t)>& user_label,
+                          const Style& style) {
+  Table table({{"ID", Align::right},
+               {"ROLE"},
+               {"NAME"},
+               {"USER"},
+               {"PID", Align::right},
+               {"MODULES", Align::right},
+               {"REGIONS", Align::right},
+               {"SIZE", Align::right},
+               {"IN FLIGHT", Align::right},
+               {"AGE"}});
+  for (const SessionStatus& session : status.sessions) {
+    table.add_row({std::to_string(session.id), std::string(role_name(session.role)), session.name,
+                   user_label(session.uid), std::to_string(session.pid),
+                   std::to_string(session.modules), std::to_string(session.regions),
+                   format_bytes(session.registered_bytes), std::to_string(session.in_flight),
+                   format_uptime(session.age_us)});
+  }
+  return table.render(style);
+}
+
 std::string modules_text(const DaemonStatus& status, const Style& style) {
   if (status.modules.empty()) return "No module is registered: no engine has connected yet.\n";
   Table table({{"MODULE"},

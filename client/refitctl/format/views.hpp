@@ -3,6 +3,8 @@
 // Pure; any thread. Knows nothing of options, the socket or JSON.
 #pragma once
 
+#include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -14,6 +16,13 @@
 namespace refit::ctl {
 
 [[nodiscard]] std::string status_text(const DaemonStatus& status, const Style& style);
+/// One line for the daemon and one for each module, each beginning with `time`: what a watch
+/// appends to a file.
+[[nodiscard]] std::string status_lines(const DaemonStatus& status, const std::string& time);
+/// `user_label` names a uid's user.
+[[nodiscard]] std::string sessions_text(const DaemonStatus& status,
+                                        const std::function<std::string(std::uint32_t)>& user_label,
+                                        const Style& style);
 [[nodiscard]] std::string modules_text(const DaemonStatus& status, const Style& style);
 [[nodiscard]] std::string tensors_text(const Target& target, const std::vector<TensorSpec>& tensors,
                                        const Style& style);

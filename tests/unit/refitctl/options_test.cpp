@@ -137,7 +137,7 @@ TEST_F(OptionsTest, UnknownCommandIsNamedBesideTheKnownOnes) {
 
   EXPECT_EQ(sut.exit, ExitCode::bad_arguments);
   EXPECT_TRUE(contains(sut.error.message, "\"stats\"")) << sut.error.message;
-  EXPECT_TRUE(contains(sut.error.message, "status, modules, tensors, digest or check"));
+  EXPECT_TRUE(contains(sut.error.message, "metrics, doctor or drain"));
   EXPECT_TRUE(contains(failure({}).error.message, "a command is missing"));
 }
 
@@ -168,15 +168,55 @@ TEST_F(OptionsTest, SocketPathMustFitAnAddress) {
 TEST_F(OptionsTest, HelpTeachesCommandsExitCodesAndKeys) {
   const std::string text = information({"--help"});
   for (const char* part :
-       {"status", "modules", "tensors", "digest", "check", "--socket", "--timeout", "--json",
-        "REFIT_SOCKET", "NO_COLOR", "Exit status", "Examples"}) {
+       {"status", "sessions", "modules", "tensors", "digest", "check", "metrics", "drain", "doctor",
+        "--socket", "--timeout", "--json", "REFIT_SOCKET", "NO_COLOR", "Exit status", "Examples"}) {
     EXPECT_TRUE(contains(text, part)) << part << "\n" << text;
   }
-  for (const char* command : {"status", "modules", "tensors", "digest", "check"}) {
+  for (const char* command : {"status", "sessions", "modules", "tensors", "digest", "check",
+                              "metrics", "drain", "doctor"}) {
     const std::string help = information({command, "--help"});
     EXPECT_TRUE(contains(help, "JSON")) << help;
     EXPECT_TRUE(contains(help, "Examples")) << help;
   }
+}
+
+TEST_F(OptionsTest, WatchTakesAnIntervalOrItsDefault) {
+  EXPECT_FALSE(options({"status"}).watch_interval_s);
+  EXPECT_EQ(options({"status", "--watch"}).watch_interval_s, 1);
+  EXPECT_EQ(options({"status", "--watch", "0.5"}).watch_interval_s, 0.5);
+  EXPECT_EQ(options({"status", "--watch=2", "--json"}).watch_interval_s, 2);
+  const Options json = options({"status", "--watch", "--json"});
+  EXPECT_EQ(json.watch_interval_s, 1);
+  EXPECT_TRUE(json.json);
+  for (const char* interval : {"0", "-1", "often", "1s", "nan", "1e9"})
+    EXPECT_EQ(failure({"status", "--watch", interval}).exit, ExitCode::bad_arguments) << interval;
+  EXPECT_EQ(failure({"modules", "--watch"}).exit, ExitCode::bad_arguments);
+}
+
+TEST_F(OptionsTest, OperatingCommandsTakeTheirOptions) {
+  EXPECT_EQ(options({"sessions"}).command, Command::sessions);
+  EXPECT_EQ(options({"doctor"}).command, Command::doctor);
+  EXPECT_EQ(options({"metrics", "--textfile", "a.prom"}).textfile_path, "a.prom");
+  EXPECT_FALSE(options({"drain"}).wait);
+  const Options drain = options({"drain", "--wait"});
+  EXPECT_EQ(drain.command, Command::drain);
+  EXPECT_TRUE(drain.wait);
+  EXPECT_EQ(drain.timeout_s, 600);
+  EXPECT_TRUE(options({"modules", "--names"}).names);
+  EXPECT_TRUE(options({"tensors", "e/m", "--names"}).names);
+}
+
+TEST_F(OptionsTest, TwoFormsOfOneAnswerAreRefused) {
+  EXPECT_TRUE(
+      contains(failure({"metrics", "--textfile", "a", "--json"}).error.message, "--textfile"));
+  EXPECT_TRUE(contains(failure({"modules", "--names", "--json"}).error.message, "--names"));
+  EXPECT_EQ(failure({"metrics", "--textfile", ""}).exit, ExitCode::bad_arguments);
+}
+
+TEST_F(OptionsTest, CompletionIsPrintedForBashAlone) {
+  EXPECT_TRUE(contains(information({"--print-completion", "bash"}), "complete -F _refitctl"));
+  EXPECT_EQ(failure({"--print-completion", "fish"}).exit, ExitCode::bad_arguments);
+  EXPECT_FALSE(contains(information({"--help"}), "--print-completion"));
 }
 
 TEST_F(OptionsTest, VersionIsOneLine) {

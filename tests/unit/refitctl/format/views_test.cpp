@@ -29,7 +29,7 @@ DaemonStatus sample_status() {
   status.uptime_us = 187'000'000;
   status.refits = 12;
   status.waiting = Waiting::adaptive;
-  status.sessions = {{3, Role::engine, "engine0", 1000, 99, 2}};
+  status.sessions = {{3, Role::engine, "engine0", 1000, 99, 2, 4, 3U << 20U, 1, 65'000'000}};
   ModuleStatus refitted;
   refitted.engine = "engine0";
   refitted.module = "transformer";
@@ -63,6 +63,38 @@ CheckResult sample_check() {
   result.tensors_live = 2;
   result.elapsed_us = 1500;
   return result;
+}
+
+TEST(Views, SessionsShowWhatEveryOneHolds) {
+  const auto user_label = [](std::uint32_t uid) { return "alice (" + std::to_string(uid) + ")"; };
+
+  EXPECT_EQ(sessions_text(sample_status(), user_label, Style{}),
+            "ID  ROLE    NAME     USER          PID  MODULES  REGIONS      SIZE  IN FLIGHT  AGE\n"
+            " 3  engine  engine0  alice (1000)   99        2        4  3.00 MiB          1"
+            "  1 min 05 s\n");
+}
+
+TEST(Views, LinesOfAWatchHoldWhatChanges) {
+  EXPECT_EQ(status_lines(sample_status(), "2026-01-02T03:04:05Z"),
+            "2026-01-02T03:04:05Z refitd pid=4711 refits=12 sessions=1 modules=2 draining=no\n"
+            "2026-01-02T03:04:05Z engine0/transformer state=committed version=12 refits=12"
+            " last_total_us=284100\n"
+            "2026-01-02T03:04:05Z engine0/vae state=initial version=0 refits=0\n");
+}
+
+TEST(Views, JsonOfATurnIsOneLine) {
+  const std::string answer = status_json_line(sample_status(), "now", "");
+  const std::string silence =
+      silence_json_line(Error{Errc::daemon_gone, 0, "gone", {}}, "now", "looking");
+
+  EXPECT_EQ(answer.find('\n'), answer.size() - 1);
+  EXPECT_EQ(json::parse(answer).at("daemon"),
+            json::parse(status_json(sample_status())).at("daemon"));
+  EXPECT_TRUE(json::parse(answer).at("note").is_null());
+  EXPECT_EQ(json::parse(silence),
+            (json{{"time", "now"},
+                  {"note", "looking"},
+                  {"error", {{"code", "daemon_gone"}, {"message", "gone"}}}}));
 }
 
 TEST(Views, StatusShowsDaemonModulesPhasesAndSessions) {
@@ -154,9 +186,12 @@ TEST(Views, StatusJsonHasItsKeys) {
                        {"draining", false},
                        {"refits", 12}};
   EXPECT_EQ(root.at("daemon"), daemon);
-  const json session = {{"id", 3},     {"role", "engine"}, {"name", "engine0"},
-                        {"uid", 1000}, {"pid", 99},        {"modules", 2}};
+  const json session = {
+      {"id", 3},        {"role", "engine"},    {"name", "engine0"}, {"uid", 1000},
+      {"pid", 99},      {"modules", 2},        {"regions", 4},      {"registered_bytes", 3 << 20},
+      {"in_flight", 1}, {"age_us", 65'000'000}};
   EXPECT_EQ(root.at("sessions").at(0), session);
+  EXPECT_EQ(json::parse(sessions_json(sample_status())).at("sessions"), root.at("sessions"));
   const json refitted = {{"engine", "engine0"},
                          {"module", "transformer"},
                          {"state", "committed"},

@@ -1,0 +1,19 @@
+// Asking the daemon as the options say: where it is, how long to wait, what to say if it fails.
+//
+// One thread. Knows nothing of what is asked.
+#pragma once
+
+#include "refit/observer.hpp"
+#include "refitctl/failure.hpp"
+#include "refitctl/options.hpp"
+
+namespace refit::ctl {
+
+[[nodiscard]] Deadline deadline_of(const Options& options);
+
+[[nodiscard]] Outcome<Observer> connect(const Options& options, Deadline deadline);
+
+/// `error` with the exit code and the advice that fit these options.
+[[nodiscard]] Failed failed(const Options& options, Error error, Stage stage);
+
+}  // namespace refit::ctl
