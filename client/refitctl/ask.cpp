@@ -15,6 +15,15 @@ Failed failed(const Options& options, Error error, Stage stage) {
                         {options.socket_path, options.timeout_s, options.socket_given}));
 }
 
+Failed failed_as_operator(const Options& options, Error error, const std::string& command) {
+  Failed failure = failed(options, std::move(error), Stage::ask);
+  if (failure.value().error.code == Errc::permission) {
+    failure.value().advice =
+        "`sudo refitctl " + command + "`, or as the user that the daemon runs as";
+  }
+  return failure;
+}
+
 Outcome<Observer> connect(const Options& options, Deadline deadline) {
   // A question now and then is not worth a spinning core.
   Result<Observer> observer =

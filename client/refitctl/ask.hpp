@@ -3,6 +3,8 @@
 // One thread. Knows nothing of what is asked.
 #pragma once
 
+#include <string>
+
 #include "refit/observer.hpp"
 #include "refitctl/failure.hpp"
 #include "refitctl/options.hpp"
@@ -15,5 +17,9 @@ namespace refit::ctl {
 
 /// `error` with the exit code and the advice that fit these options.
 [[nodiscard]] Failed failed(const Options& options, Error error, Stage stage);
+
+/// The same of a command that only root and the daemon's own user may give.
+[[nodiscard]] Failed failed_as_operator(const Options& options, Error error,
+                                        const std::string& command);
 
 }  // namespace refit::ctl

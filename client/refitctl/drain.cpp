@@ -83,15 +83,6 @@ std::string drain_text(std::uint32_t pid, bool ended, double us, const Style& st
                : who + " drains: what runs is finished, then it ends; --wait waits for that\n";
 }
 
-Failed refused(const Options& options, Error error) {
-  Failed failure = failed(options, std::move(error), Stage::ask);
-  if (failure.value().error.code == Errc::permission) {
-    failure.value().advice =
-        "`sudo refitctl drain`, or where systemd runs it `sudo systemctl stop refitd`";
-  }
-  return failure;
-}
-
 Failed still_there(const Options& options, Error error) {
   Failed failure = failed(options, std::move(error), Stage::ask);
   if (failure.value().error.code == Errc::deadline) {
@@ -112,7 +103,7 @@ Outcome<Answer> drain(const Options& options, const Style& style) {
   if (!status) return failed(options, status.error(), Stage::ask);
   const Clock::time_point start = Clock::now();
   if (Result<void> begun = observer->drain(deadline); !begun)
-    return refused(options, std::move(begun).error());
+    return failed_as_operator(options, std::move(begun).error(), "drain");
   if (options.wait) {
     if (Result<void> gone = wait_for_end(*observer, status->pid, start, deadline); !gone)
       return still_there(options, std::move(gone).error());

@@ -46,7 +46,9 @@ Receive receive_message(int socket, ReceivedMessage& out) {
   ssize_t received = 0;
   do {
     received = ::recvmsg(socket, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
-  } while (received < 0 && errno == EINTR);
+    // A peer that closed without reading what we sent leaves ECONNRESET, once, before its own last
+    // message: the reason why it refused us.
+  } while (received < 0 && (errno == EINTR || errno == ECONNRESET));
   if (received < 0) {
     return errno == EAGAIN || errno == EWOULDBLOCK ? Receive::nothing_yet : Receive::closed;
   }

@@ -42,7 +42,7 @@ Daemon::Daemon(Kernel& kernel, Waiting waiting, std::uint64_t first_link)
       background_(1, completions_),
       closers_(1, completions_),
       registrar_(registry_, replies_, scheduler_, background_, closers_),
-      refits_(registry_, scheduler_, replies_, *copy_pool_, completions_, waiting),
+      refits_(registry_, scheduler_, replies_, *copy_pool_, completions_, statistics_, waiting),
       next_link_(first_link) {
   replies_.overrun = [this](daemon::Session& session) { overrun_.push_back(session.id); };
   registrar_.drain_tickets = [this](daemon::Session& session) {

@@ -47,6 +47,7 @@ class Daemon {
   daemon::Registry registry_;
   daemon::Scheduler scheduler_;
   daemon::Replies replies_;
+  daemon::Statistics statistics_;
   daemon::Registrar registrar_;
   daemon::Refits refits_;
   std::map<std::uint64_t, std::shared_ptr<Link>> links_;

@@ -2,6 +2,7 @@
 // names for scripts, drain.
 //
 // One thread, and one that Engine::serve() owns.
+#include <fcntl.h>
 #include <pty.h>
 #include <sys/stat.h>
 
@@ -196,9 +197,12 @@ TEST_F(RefitctlOperate, DrainThatTakesLongShowsItsProgressAndGoesOnWithoutTheToo
   options.err_fd = terminal;
 
   const Finished sut = refitctl({"drain", "--wait", "--timeout", "1.2"}, options);
+  // All of it is there: the tool has ended.
+  ::fcntl(master, F_SETFL, O_NONBLOCK);
+  std::string shown;
   std::array<char, 8192> buffer{};
-  const ssize_t count = ::read(master, buffer.data(), buffer.size());
-  const std::string shown(buffer.data(), count > 0 ? static_cast<std::size_t>(count) : 0);
+  for (ssize_t count = 0; (count = ::read(master, buffer.data(), buffer.size())) > 0;)
+    shown.append(buffer.data(), static_cast<std::size_t>(count));
   ::close(terminal);
   ::close(master);
   daemon_->stop(SIGKILL);
