@@ -82,7 +82,8 @@ constexpr const char* kSessionsFooter =
 have mapped, IN FLIGHT how many of its requests the daemon has not answered.
 
 JSON:
-  sessions  [{id, role, name, uid, pid, modules, regions, registered_bytes, in_flight, age_us}]
+  sessions  [{id, role, name, uid, pid, modules, asleep, regions, registered_bytes, in_flight,
+            age_us}]
 
 Examples:
   refitctl sessions

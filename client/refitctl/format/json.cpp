@@ -67,6 +67,7 @@ Json session_array(const DaemonStatus& status) {
                         {"uid", session.uid},
                         {"pid", session.pid},
                         {"modules", session.modules},
+                        {"asleep", session.asleep},
                         {"regions", session.regions},
                         {"registered_bytes", session.registered_bytes},
                         {"in_flight", session.in_flight},

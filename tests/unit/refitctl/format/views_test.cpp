@@ -29,7 +29,18 @@ DaemonStatus sample_status() {
   status.uptime_us = 187'000'000;
   status.refits = 12;
   status.waiting = Waiting::adaptive;
-  status.sessions = {{3, Role::engine, "engine0", 1000, 99, 2, 4, 3U << 20U, 1, 65'000'000}};
+  SessionStatus session;
+  session.id = 3;
+  session.role = Role::engine;
+  session.name = "engine0";
+  session.uid = 1000;
+  session.pid = 99;
+  session.modules = 2;
+  session.regions = 4;
+  session.registered_bytes = 3U << 20U;
+  session.in_flight = 1;
+  session.age_us = 65'000'000;
+  status.sessions = {session};
   ModuleStatus refitted;
   refitted.engine = "engine0";
   refitted.module = "transformer";
@@ -186,10 +197,10 @@ TEST(Views, StatusJsonHasItsKeys) {
                        {"draining", false},
                        {"refits", 12}};
   EXPECT_EQ(root.at("daemon"), daemon);
-  const json session = {
-      {"id", 3},        {"role", "engine"},    {"name", "engine0"}, {"uid", 1000},
-      {"pid", 99},      {"modules", 2},        {"regions", 4},      {"registered_bytes", 3 << 20},
-      {"in_flight", 1}, {"age_us", 65'000'000}};
+  const json session = {{"id", 3},         {"role", "engine"},    {"name", "engine0"},
+                        {"uid", 1000},     {"pid", 99},           {"modules", 2},
+                        {"asleep", false}, {"regions", 4},        {"registered_bytes", 3 << 20},
+                        {"in_flight", 1},  {"age_us", 65'000'000}};
   EXPECT_EQ(root.at("sessions").at(0), session);
   EXPECT_EQ(json::parse(sessions_json(sample_status())).at("sessions"), root.at("sessions"));
   const json refitted = {{"engine", "engine0"},
