@@ -603,17 +603,21 @@ void Refits::on_session_end(Session& session) {
     plans_.forget(module->registration->generation);
 }
 
-bool Refits::on_engine_sleep(Session& engine) {
-  const auto uses = [&](const Refit& refit) {
-    return std::any_of(refit.engines.begin(), refit.engines.end(),
-                       [&](const auto& one) { return one.get() == &engine; });
-  };
-  const bool being_written = std::any_of(active_.begin(), active_.end(), [&](const auto& refit) {
-    return refit->phase == Phase::writing && uses(*refit);
-  });
-  if (being_written) return false;
-  while (Refit* refit = find_waiting(uses)) fail_refit(*refit, asleep_error(engine));
-  return true;
+/// Calls off what waits and `uses` something that goes away. False if one writes it, also one that
+/// has started in here: a refit that fails lets the next one go, and its engine may answer at once.
+template <typename Predicate>
+bool Refits::call_off(Predicate&& uses, const Error& reason) {
+  bool looked = false;
+  for (;;) {
+    const bool being_written = std::any_of(active_.begin(), active_.end(), [&](const auto& refit) {
+      return refit->phase == Phase::writing && uses(*refit);
+    });
+    if (being_written && !(looked && test_point("refits.one_look_at_a_registration"))) return false;
+    Refit* refit = find_waiting(uses);
+    if (refit == nullptr) return true;
+    fail_refit(*refit, reason);
+    looked = true;
+  }
 }
 
 bool Refits::on_registration_end(Session& session, Module& module) {
@@ -623,19 +627,22 @@ bool Refits::on_registration_end(Session& session, Module& module) {
              target.plan->target == module.registration;
     });
   };
-  const bool being_written = std::any_of(active_.begin(), active_.end(), [&](const auto& refit) {
-    return refit->phase == Phase::writing && uses(*refit);
-  });
-  if (being_written) return false;
-  while (Refit* refit = find_waiting(uses)) {
-    fail_refit(*refit, {Errc::engine_not_ready,
-                        0,
-                        session.name + "/" + module.name +
-                            " was registered anew while the refit waited; nothing was changed",
-                        {}});
-  }
+  const Error reason{Errc::engine_not_ready,
+                     0,
+                     session.name + "/" + module.name +
+                         " was registered anew while the refit waited; nothing was changed",
+                     {}};
+  if (!call_off(uses, reason)) return false;
   plans_.forget(module.registration->generation);
   return true;
+}
+
+bool Refits::on_engine_sleep(Session& engine) {
+  const auto uses = [&](const Refit& refit) {
+    return std::any_of(refit.engines.begin(), refit.engines.end(),
+                       [&](const auto& one) { return one.get() == &engine; });
+  };
+  return call_off(uses, asleep_error(engine));
 }
 
 Clock::time_point Refits::next_deadline() const {

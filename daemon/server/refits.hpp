@@ -87,6 +87,8 @@ class Refits {
   void wake_engines(Refit& refit);
   template <typename Predicate>
   Refit* find_waiting(Predicate&& matches);
+  template <typename Predicate>
+  bool call_off(Predicate&& uses, const Error& reason);
 
   Registry& registry_;
   Scheduler& scheduler_;
