@@ -12,7 +12,15 @@
 namespace refit {
 
 /// What a bound engine lets a waiting trainer do on its behalf.
-class BoundEngine : public Pump {};
+class BoundEngine : public Pump {
+ public:
+  /// Notices the daemon's end and goes on coming back from it. True if the engine is back by this
+  /// call.
+  virtual bool recover() = 0;
+  /// What recover() waits for.
+  virtual void append_recovery_fds(std::vector<pollfd>& fds) const = 0;
+  [[nodiscard]] virtual Deadline::Clock::time_point next_recovery() const = 0;
+};
 
 /// The calling thread's engines.
 std::vector<BoundEngine*>& bound_engines();

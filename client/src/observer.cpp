@@ -4,6 +4,7 @@
 
 #include <cerrno>
 
+#include "other_daemon.hpp"
 #include "requests.hpp"
 
 namespace refit {
@@ -34,8 +35,17 @@ PhaseHistogram histogram_from_wire(const wire::PhaseHistogram* entry, std::size_
 
 class Observer::Impl {
  public:
-  explicit Impl(std::unique_ptr<Session> opened) : session(std::move(opened)) {}
+  Impl(std::unique_ptr<Session> opened, std::string at)
+      : session(std::move(opened)), socket_path(std::move(at)) {}
   std::unique_ptr<Session> session;
+  std::string socket_path;
+
+  /// `outcome`, which may say where else `engine` is.
+  template <typename T>
+  Result<T> told(Result<T> outcome, const std::string& engine) const {
+    if (!outcome) tell_where_to_look(outcome.error(), socket_path, engine);
+    return outcome;
+  }
 };
 
 Observer::Observer(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
@@ -45,8 +55,10 @@ Observer& Observer::operator=(Observer&&) noexcept = default;
 
 Result<Observer> Observer::connect(const std::string& name, const ConnectOptions& options,
                                    Deadline deadline) {
-  REFIT_TRY_ASSIGN(auto session, Session::connect(Role::observer, name, options, deadline));
-  return Observer(std::make_unique<Impl>(std::move(session)));
+  ConnectOptions here = options;
+  if (here.socket_path.empty()) here.socket_path = default_socket_path();
+  REFIT_TRY_ASSIGN(auto session, Session::connect(Role::observer, name, here, deadline));
+  return Observer(std::make_unique<Impl>(std::move(session), std::move(here.socket_path)));
 }
 
 Result<DaemonStatus> Observer::status(Deadline deadline) {
@@ -128,11 +140,11 @@ Result<std::vector<TensorSpec>> Observer::tensors(const std::string& engine,
 }
 
 Result<CheckReport> Observer::check(const CheckRequest& request, Deadline deadline) {
-  return refit::check(*impl_->session, request, deadline);
+  return impl_->told(refit::check(*impl_->session, request, deadline), request.engine);
 }
 
 Result<DigestReport> Observer::digest(const DigestRequest& request, Deadline deadline) {
-  return refit::digest(*impl_->session, request, deadline);
+  return impl_->told(refit::digest(*impl_->session, request, deadline), request.engine);
 }
 
 Result<DaemonMetrics> Observer::metrics(Deadline deadline) {

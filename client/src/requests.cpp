@@ -48,9 +48,9 @@ std::uint64_t daemon_budget_us(Deadline deadline) {
   return static_cast<std::uint64_t>((left - std::min(left / 10, microseconds(100'000))).count());
 }
 
-Result<std::uint32_t> register_module(Session& session, const ModuleSpec& module,
-                                      const HeldState& held, Deadline deadline,
-                                      std::uint32_t residency_base) {
+Result<std::uint64_t> post_registration(Session& session, const ModuleSpec& module,
+                                        const HeldState& held, Deadline deadline,
+                                        std::uint32_t residency_base) {
   if (module.regions().size() > kUnclaimedTicketsMax) {
     return fail(Errc::quota, module.name() + ": " + std::to_string(module.regions().size()) +
                                  " regions; the limit is " + std::to_string(kUnclaimedTicketsMax) +
@@ -101,11 +101,23 @@ Result<std::uint32_t> register_module(Session& session, const ModuleSpec& module
   fbb.Finish(wire::CreateRegisterModule(fbb, name, region_list, tensor_list, rule_list,
                                         held.version, &transaction, held.poisoned, held.selection,
                                         held.asleep, buffer_list, residency_base));
-  REFIT_TRY_ASSIGN(const wire::Reply* reply,
-                   session.call(wire::Opcode::register_module, deadline, Expect::long_running));
-  const auto* registered = reply->body_as_Registered();
+  return session.post(wire::Opcode::register_module);
+}
+
+Result<std::uint32_t> registered_slot(const wire::Reply& reply) {
+  const auto* registered = reply.body_as_Registered();
   if (registered == nullptr || registered->slot() >= kModulesMax) return wrong_body("registration");
   return registered->slot();
+}
+
+Result<std::uint32_t> register_module(Session& session, const ModuleSpec& module,
+                                      const HeldState& held, Deadline deadline,
+                                      std::uint32_t residency_base) {
+  REFIT_TRY_ASSIGN(const std::uint64_t request,
+                   post_registration(session, module, held, deadline, residency_base));
+  REFIT_TRY_ASSIGN(const wire::Reply* reply,
+                   session.await(request, deadline, Expect::long_running));
+  return registered_slot(*reply);
 }
 
 Result<void> unregister_module(Session& session, const std::string& module, Deadline deadline) {

@@ -8,8 +8,14 @@
 
 namespace refit {
 
-/// Sends the regions' fds and the manifest; returns the module's slot among the state words.
-/// `residency_base` is the number of its first residency word.
+/// Sends the regions' fds and the manifest; the reply goes to registered_slot(). `residency_base`
+/// is the number of the module's first residency word.
+Result<std::uint64_t> post_registration(Session& session, const ModuleSpec& module,
+                                        const HeldState& held, Deadline deadline,
+                                        std::uint32_t residency_base = 0);
+/// The module's slot among the state words.
+Result<std::uint32_t> registered_slot(const wire::Reply& reply);
+/// Both, and the wait between them.
 Result<std::uint32_t> register_module(Session& session, const ModuleSpec& module,
                                       const HeldState& held, Deadline deadline,
                                       std::uint32_t residency_base = 0);

@@ -7,6 +7,7 @@
 #include <sys/stat.h>
 #include <sys/un.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
@@ -14,6 +15,7 @@
 #include "digest/digest.hpp"
 #include "ipc/handshake.hpp"
 #include "ipc/waiting.hpp"
+#include "other_daemon.hpp"
 
 namespace refit {
 namespace {
@@ -53,7 +55,9 @@ Result<UniqueFd> connect_socket(const std::string& path) {
                                         " bytes: " + path);
   }
   std::memcpy(address.sun_path, path.c_str(), path.size() + 1);
-  UniqueFd socket = UniqueFd::adopt(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
+  // Non-blocking: a daemon that is stopped and whose queue is full must not hold its clients.
+  UniqueFd socket =
+      UniqueFd::adopt(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
   if (!socket) return fail_os("socket", errno);
   if (::connect(socket.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) != 0) {
     const int code = errno;
@@ -63,6 +67,13 @@ Result<UniqueFd> connect_socket(const std::string& path) {
           code,
           "nobody listens at " + path + "; start the daemon with `refitd --socket " + path + "`",
           {}});
+    }
+    if (code == EAGAIN) {
+      return Unexpected(
+          Error{Errc::os,
+                code,
+                "the daemon at " + path + " does not take connections: its queue of them is full",
+                {}});
     }
     if (code == EACCES || code == EPERM) {
       return fail(Errc::permission,
@@ -93,53 +104,86 @@ Result<void> wait_fd(int fd, short events, Deadline deadline, const std::string&
   }
 }
 
+/// The reply if its code is ok, else the error that it is.
+Result<const wire::Reply*> outcome_of(const wire::Reply& reply) {
+  const auto code = static_cast<Errc>(reply.code());
+  if (code == Errc::ok) return &reply;
+  Error error{code, 0, std::string(view(reply.message())), {}};
+  if (reply.details() != nullptr) {
+    for (const auto* line : *reply.details()) error.details.emplace_back(view(line));
+  }
+  return Unexpected(std::move(error));
+}
+
 }  // namespace
 
 std::string default_socket_path() {
   if (const char* path = std::getenv("REFIT_SOCKET"); path != nullptr && *path != '\0') return path;
   if (const char* directory = std::getenv("XDG_RUNTIME_DIR"); directory != nullptr) {
-    const std::string path = std::string(directory) + "/refit/refitd.sock";
-    if (::access(path.c_str(), F_OK) == 0) return path;
+    if (std::string path = user_socket_path(); ::access(path.c_str(), F_OK) == 0) return path;
   }
-  return "/run/refitd/refitd.sock";
+  return system_socket_path();
 }
 
 Result<std::unique_ptr<Session>> Session::connect(Role role, const std::string& name,
-                                                  const ConnectOptions& options, Deadline deadline,
-                                                  bool asleep) {
+                                                  const ConnectOptions& options,
+                                                  Deadline deadline) {
+  auto session = begin(role, name, options);
+  while (!session && session.error().native == EAGAIN && !deadline.passed()) {
+    constexpr int kQueueLookMs = 5;
+    ::poll(nullptr, 0, std::min(kQueueLookMs, deadline.remaining_ms()));
+    session = begin(role, name, options);
+  }
+  if (!session) return session;
+  for (;;) {
+    REFIT_TRY_ASSIGN(const bool welcome, (*session)->welcomed());
+    if (welcome) return session;
+    REFIT_TRY(wait_fd((*session)->socket_fd(), POLLIN, deadline,
+                      "waiting for WELCOME from " + (*session)->socket_path_));
+  }
+}
+
+Result<std::unique_ptr<Session>> Session::begin(Role role, const std::string& name,
+                                                const ConnectOptions& options, bool asleep) {
   std::unique_ptr<Session> session(new Session);
   session->socket_path_ = options.socket_path.empty() ? default_socket_path() : options.socket_path;
   session->waiting_ = options.waiting;
   REFIT_TRY(check_socket_owner(session->socket_path_));
   REFIT_TRY_ASSIGN(session->socket_, connect_socket(session->socket_path_));
-  REFIT_TRY(session->shake_hands(role, name, deadline, asleep));
+  REFIT_TRY(session->say_hello(role, name, asleep));
   return session;
 }
 
-Result<void> Session::shake_hands(Role role, const std::string& name, Deadline deadline,
-                                  bool asleep) {
+Result<void> Session::say_hello(Role role, const std::string& name, bool asleep) {
   auto& hello = builder();
   hello.Finish(wire::CreateHello(hello, static_cast<std::uint8_t>(role), hello.CreateString(name),
                                  static_cast<std::uint8_t>(waiting_), asleep));
-  const auto sent = send_message(socket_.get(), SocketMessage::hello, hello.GetBufferPointer(),
-                                 hello.GetSize(), nullptr, 0);
+  auto sent = send_message(socket_.get(), SocketMessage::hello, hello.GetBufferPointer(),
+                           hello.GetSize(), nullptr, 0);
   // A daemon that refused before it read anything has left its reason on the socket.
   if (!sent && sent.error().native != EPIPE && sent.error().native != ECONNRESET)
-    return Unexpected(sent.error());
+    return Unexpected(std::move(sent).error());
+  return {};
+}
 
+Result<bool> Session::welcomed() {
   ReceivedMessage answer;
-  for (;;) {
-    REFIT_TRY(wait_fd(socket_.get(), POLLIN, deadline, "waiting for WELCOME from " + socket_path_));
-    const Receive outcome = receive_message(socket_.get(), answer);
-    if (outcome == Receive::message) break;
-    if (outcome == Receive::closed) {
+  switch (receive_message(socket_.get(), answer)) {
+    case Receive::nothing_yet:
+      return false;
+    case Receive::message:
+      REFIT_TRY(adopt_welcome(answer));
+      return true;
+    case Receive::closed:
       return fail(Errc::daemon_gone,
                   "the daemon at " + socket_path_ + " closed the connection during the handshake");
-    }
-    if (outcome == Receive::peer_broke_protocol) {
-      return fail(Errc::protocol, socket_path_ + " answered, but not as refitd");
-    }
+    case Receive::peer_broke_protocol:
+      break;
   }
+  return fail(Errc::protocol, socket_path_ + " answered, but not as refitd");
+}
+
+Result<void> Session::adopt_welcome(ReceivedMessage& answer) {
   if (answer.preamble.kind == static_cast<std::uint16_t>(SocketMessage::nak)) {
     const auto* nak = verified_root<wire::Nak>(answer.body.data(), answer.body.size());
     if (nak == nullptr) return fail(Errc::protocol, "the daemon refused without a readable reason");
@@ -277,15 +321,7 @@ Result<const wire::Reply*> Session::await(std::uint64_t request, Deadline deadli
   if (waiting_ == Waiting::always) awake.emplace(*request_);
   for (;;) {
     REFIT_TRY_ASSIGN(const wire::Reply* reply, take(request));
-    if (reply != nullptr) {
-      const auto code = static_cast<Errc>(reply->code());
-      if (code == Errc::ok) return reply;
-      Error error{code, 0, std::string(view(reply->message())), {}};
-      if (reply->details() != nullptr) {
-        for (const auto* line : *reply->details()) error.details.emplace_back(view(line));
-      }
-      return Unexpected(std::move(error));
-    }
+    if (reply != nullptr) return outcome_of(*reply);
     if (pump != nullptr && pump->pump()) continue;
 
     const auto something = [&] { return !replies_->empty() || (pump != nullptr && pump->due()); };
@@ -328,6 +364,14 @@ Result<const wire::Reply*> Session::await(std::uint64_t request, Deadline deadli
   }
 }
 
+Result<const wire::Reply*> Session::poll_reply(std::uint64_t request) {
+  client_doorbell_.drain();
+  REFIT_TRY_ASSIGN(const wire::Reply* reply, take(request));
+  if (reply != nullptr) return outcome_of(*reply);
+  REFIT_TRY(check_alive());
+  return nullptr;
+}
+
 Unexpected Session::give_up(std::uint64_t request) {
   // Before the call returns: a source byte that the caller changes from now on is changed after
   // this word. Pairs with the load in the daemon's Refits::abandoned.
@@ -359,6 +403,11 @@ bool Session::daemon_dead() const noexcept {
   return ::poll(&entry, 1, 0) > 0;
 }
 
+void Session::wait_for_end(Deadline deadline) const noexcept {
+  pollfd fds[] = {{daemon_pidfd_.get(), POLLIN, 0}, {socket_.get(), POLLRDHUP, 0}};
+  ::poll(fds, 2, deadline.remaining_ms());
+}
+
 Result<void> Session::check_alive() {
   if (daemon_dead()) return fail(Errc::daemon_gone, "the daemon at " + socket_path_ + " died");
   ReceivedMessage message;
@@ -369,10 +418,12 @@ Result<void> Session::check_alive() {
       if (message.preamble.kind == static_cast<std::uint16_t>(SocketMessage::nak)) {
         const auto* nak = verified_root<wire::Nak>(message.body.data(), message.body.size());
         if (nak != nullptr) {
-          return fail(Errc::daemon_gone,
-                      "the daemon ended this session: " +
-                          std::string(errc_name(static_cast<Errc>(nak->code()))) + ": " +
-                          std::string(view(nak->message())));
+          const auto code = static_cast<Errc>(nak->code());
+          Unexpected ended = fail(Errc::daemon_gone,
+                                  "the daemon ended this session: " + std::string(errc_name(code)) +
+                                      ": " + std::string(view(nak->message())));
+          if (code == Errc::protocol) verdict_ = ended.value();
+          return ended;
         }
       }
       return {};

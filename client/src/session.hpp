@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "ipc/doorbell.hpp"
+#include "ipc/handshake.hpp"
 #include "ipc/ring.hpp"
 #include "ipc/segment.hpp"
 #include "ipc/shared_layout.hpp"
@@ -47,8 +48,14 @@ enum class Expect { brief, long_running };
 class Session : public Regions {
  public:
   static Result<std::unique_ptr<Session>> connect(Role role, const std::string& name,
-                                                  const ConnectOptions& options, Deadline deadline,
-                                                  bool asleep = false);
+                                                  const ConnectOptions& options, Deadline deadline);
+
+  /// The first half of connect(): reaches the socket and says HELLO. Never blocks; whoever waits
+  /// for welcomed() watches socket_fd(). Errors: os with EAGAIN if the daemon's queue is full.
+  static Result<std::unique_ptr<Session>> begin(Role role, const std::string& name,
+                                                const ConnectOptions& options, bool asleep = false);
+  /// True once the daemon's WELCOME is there and the session can be used. Never blocks.
+  Result<bool> welcomed();
 
   /// An empty builder for the next request; its buffer is reused.
   flatbuffers::FlatBufferBuilder& builder() {
@@ -64,6 +71,9 @@ class Session : public Regions {
   /// reply whose code is not ok becomes that error. Replies to abandoned requests are dropped.
   Result<const wire::Reply*> await(std::uint64_t request, Deadline deadline, Expect expect,
                                    Pump* pump = nullptr);
+
+  /// await() without waiting: null if no reply is there yet and the daemon lives.
+  Result<const wire::Reply*> poll_reply(std::uint64_t request);
 
   /// post and await.
   Result<const wire::Reply*> call(wire::Opcode opcode, Deadline deadline, Expect expect,
@@ -83,10 +93,16 @@ class Session : public Regions {
   /// Errc::daemon_gone if the daemon is dead or has closed this session (with its reason, if it
   /// gave one).
   Result<void> check_alive();
+  /// Set once check_alive() found that the daemon ended this session because this client broke the
+  /// protocol: it would end the next one too.
+  [[nodiscard]] const std::optional<Error>& verdict() const noexcept { return verdict_; }
+  /// Returns once the daemon died or closed this session, or at `deadline`.
+  void wait_for_end(Deadline deadline) const noexcept;
 
  private:
   Session() = default;
-  Result<void> shake_hands(Role role, const std::string& name, Deadline deadline, bool asleep);
+  Result<void> say_hello(Role role, const std::string& name, bool asleep);
+  Result<void> adopt_welcome(ReceivedMessage& answer);
   /// Takes replies off the ring until it is empty or holds the one for `request`.
   Result<const wire::Reply*> take(std::uint64_t request);
   /// The deadline passed: tells the daemon that nobody waits for `request` any more.
@@ -124,6 +140,7 @@ class Session : public Regions {
   std::uint64_t next_ticket_ = 1;
   Waiting waiting_ = Waiting::adaptive;
   std::string socket_path_;
+  std::optional<Error> verdict_;
 };
 
 }  // namespace refit

@@ -33,7 +33,8 @@ constexpr const char* kDescription =
     R"(An engine that samples from a diffusion transformer on the CPU.
 
 It registers its parameters with refitd once. Between two denoising steps it asks its gate; a
-trainer's refit comes in there, and the next step runs on the new weights.
+trainer's refit comes in there, and the next step runs on the new weights. If the daemon ends, it
+goes on sampling on whole weights and comes back to the next one.
 
 Commands, one a line on stdin:
   run      sample without end

@@ -38,7 +38,8 @@ constexpr const char* kDescription =
     R"(A trainer of a diffusion transformer on the CPU: AdamW on a denoising loss.
 
 Its parameters live in shared memory from the start, so a refit copies nothing here: refitd moves
-the bytes from where the optimizer writes to where the engine computes.
+the bytes from where the optimizer writes to where the engine computes. A refit that a daemon's end
+meets goes on at the next daemon, for up to a minute.
 
 Commands, one a line on stdin:
   step     take one optimizer step; says which share of the parameter tensors changed

@@ -2,7 +2,8 @@
 // transaction makes it whole at the next daemon.
 //
 // The daemon's test build kills itself at a named point; WIFSIGNALED proves that it got there.
-// Trainer and engine live in the test.
+// Trainer and engine live in the test and reconnect only when the test says so, which lets it look
+// at what is between; reconnect_test.cpp has those that come back by themselves.
 
 #include <signal.h>
 #include <sys/wait.h>
@@ -20,6 +21,8 @@ const RefitTarget kWhole{"flux", "transformer"};
 
 class DaemonDeath : public DaemonTest {
  protected:
+  DaemonDeath() { reconnect_ = false; }
+
   static RefitOptions with(const TransactionId& id) {
     RefitOptions options;
     options.transaction = id;

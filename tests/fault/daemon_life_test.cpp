@@ -14,6 +14,8 @@ using namespace std::chrono_literals;
 
 class DaemonLife : public DaemonTest {
  protected:
+  DaemonLife() { reconnect_ = false; }
+
   std::unique_ptr<Model> source_ = model_of(small_tensors(), 31);
   std::unique_ptr<Model> target_ = model_of(small_tensors(), 30);
   std::unique_ptr<Model> old_ = model_of(small_tensors(), 30);

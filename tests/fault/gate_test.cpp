@@ -118,6 +118,7 @@ TEST_F(GateUse, IdleEngineIsWokenThroughItsFd) {
 }
 
 TEST_F(GateUse, IdleEngineLearnsOfTheDaemonsDeathThroughItsFd) {
+  reconnect_ = false;
   Engine sut = make_engine("flux", *target_);
   pollfd entry{sut.fd(), POLLIN, 0};
   must(sut.poll(soon()));  // takes what registering left in the fd
@@ -198,6 +199,7 @@ TEST_F(GateUse, ServedLoopThatCannotHoldMakesTheRefitReturnItsNamedError) {
 // Goal: a serving thread whose loop refused the gate lets its session go when the daemon dies
 // instead of asking for ever. Method: the fds of this process fall back.
 TEST_F(GateUse, ServingThreadThatRefusedLetsGoOfADeadDaemon) {
+  reconnect_ = false;
   Trainer trainer = make_trainer(*source_);
   const std::size_t fds_before = count_fds(::getpid());
   Engine sut = make_engine("flux", *target_);

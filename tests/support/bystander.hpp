@@ -2,7 +2,7 @@
 //
 // goes_on() refits new bytes through sessions that were open before the attack, compares them,
 // reads them back through the checker, and asks the daemon for its pid. One thread of its own
-// answers the engine's gate.
+// answers the engine's gate. They do not reconnect: a session that an attack ended must show.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -23,9 +23,12 @@ class Bystander {
   Bystander(const std::string& socket, pid_t daemon, const std::string& name = "bystander")
       : daemon_(daemon),
         name_(name),
-        trainer_(must(Trainer::connect(name, {socket, Waiting::adaptive}, soon()))),
-        engine_(must(Engine::connect(name, {socket, Waiting::adaptive}, soon()))),
-        observer_(must(Observer::connect(name, {socket, Waiting::adaptive}, soon()))) {
+        trainer_(
+            must(Trainer::connect(name, {socket, Waiting::adaptive, /*reconnect=*/false}, soon()))),
+        engine_(
+            must(Engine::connect(name, {socket, Waiting::adaptive, /*reconnect=*/false}, soon()))),
+        observer_(must(
+            Observer::connect(name, {socket, Waiting::adaptive, /*reconnect=*/false}, soon()))) {
     must(trainer_.register_module(source_.spec(), soon()));
     must(engine_.register_module(target_.spec(), soon()));
   }

@@ -29,7 +29,7 @@ namespace refit::test {
 class DaemonTest : public ::testing::Test {
  protected:
   static Deadline soon() { return Deadline::in(std::chrono::seconds(20)); }
-  [[nodiscard]] ConnectOptions options() const { return {socket_, Waiting::adaptive}; }
+  [[nodiscard]] ConnectOptions options() const { return {socket_, Waiting::adaptive, reconnect_}; }
 
   DaemonProcess& start(const DaemonOptions& how = {}) {
     daemon_.reset();
@@ -97,6 +97,7 @@ class DaemonTest : public ::testing::Test {
   TemporaryDirectory directory_;
   std::string socket_ = directory_.path() + "/refitd.sock";
   std::unique_ptr<DaemonProcess> daemon_;
+  bool reconnect_ = true;  ///< of the clients that are made from now on
 };
 
 /// A refit on a thread of its own; its end is awaited by outcome().

@@ -1,8 +1,11 @@
 // Engine: the process that owns the live parameters. Registers its modules, and holds still between
 // two steps when the daemon asks, through poll(), fd() or serve().
 //
-// Threads: one call at a time per Engine, but step_allowed(), state() and version(), which any
-// thread may call.
+// When the daemon dies, whole weights may be stepped on, and poll(), wait(), serve() and the owner
+// of fd() bring the engine back to the next daemon with everything that it registered.
+//
+// Threads: one call at a time per Engine, but step_allowed(), state(), version() and connected(),
+// which any thread may call.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +36,7 @@ struct GateEvent {
 struct GateHandler {
   std::function<bool(Deadline)> hold;  ///< returns true once the engine's loop stands still
   std::function<void(const GateEvent*)>
-      release;  ///< the loop may go on; null if nothing was committed
+      release;  ///< the loop may go on, if step_allowed(); null if nothing was committed
 };
 
 class Engine {
@@ -51,17 +54,23 @@ class Engine {
   [[nodiscard]] Result<void> register_module(const ModuleSpec& module, Deadline deadline);
   [[nodiscard]] Result<void> unregister_module(const std::string& module, Deadline deadline);
 
-  /// The gate between two steps of the engine's loop. Costs one atomic load while nothing is asked.
-  /// If a refit asks, holds here until it is committed or stepped back, at most until `deadline`.
+  /// The gate between two steps of the engine's loop. Costs one atomic load and a look at the
+  /// coarse clock while nothing is asked. If a refit asks, holds here until it is committed or
+  /// stepped back, at most until `deadline`.
+  ///
+  /// If the daemon died, each call goes on coming back, which takes at most 5 ms and a manifest's
+  /// encoding of it; there is no event meanwhile, and modules that were being written are poisoned.
   /// @return what was committed, or nothing; Errc::deadline if bytes are being written at the
   /// deadline: no step may run,
-  ///         call poll() again; Errc::daemon_gone if the daemon died (modules it was writing are
-  ///         poisoned).
+  ///         call poll() again; an error that no waiting mends if the engine cannot come back
+  ///         (permission, protocol_version, name_taken, ...): again each time, until reconnect().
+  ///         Without ConnectOptions::reconnect, Errc::daemon_gone if the daemon died.
   [[nodiscard]] Result<std::optional<GateEvent>> poll(Deadline deadline);
-  /// Blocks until a refit asked and was let through, or `deadline` (no event).
+  /// Blocks until a refit asked and was let through, or `deadline` (no event). Comes back meanwhile
+  /// as poll() does.
   [[nodiscard]] Result<std::optional<GateEvent>> wait(Deadline deadline);
   /// Readable when poll() has something to do: for the event loop of an idle engine. Owned by this
-  /// object.
+  /// object; the same for its life, whatever happens to daemons.
   [[nodiscard]] int fd() const noexcept;
   /// Answers gates on a thread of its own until stop_serving() or destruction.
   [[nodiscard]] Result<void> serve(GateHandler handler);
@@ -86,8 +95,13 @@ class Engine {
   [[nodiscard]] ModuleState state(const std::string& module) const;
   [[nodiscard]] std::uint64_t version(const std::string& module) const;
 
-  /// Connects again after the daemon went away and registers every module from what this object
-  /// holds, poisoned ones as poisoned.
+  /// False from when the daemon's end was noticed until every module is registered with the next
+  /// one. Any thread.
+  [[nodiscard]] bool connected() const noexcept;
+
+  /// Connects again now, within `deadline`, and registers every module from what this object holds,
+  /// poisoned ones as poisoned. For owners with ConnectOptions::reconnect off, and after an error
+  /// that ended coming back. Errors: busy while a daemon that lives is writing.
   [[nodiscard]] Result<void> reconnect(Deadline deadline);
 
  private:

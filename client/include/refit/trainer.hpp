@@ -1,6 +1,10 @@
 // Trainer: the process whose weights become an engine's. Register once, then refit after every
 // optimizer step.
 //
+// When the daemon dies, the call that notices comes back to the next one within its own deadline,
+// registers everything again, waits for the engines that it knew, and goes on: a refit with the
+// same transaction. ConnectOptions::reconnect = false turns that off.
+//
 // Threads: one call at a time per Trainer; different Trainers are independent.
 #pragma once
 
@@ -74,6 +78,9 @@ class Trainer {
   ///         no_such_engine, no_such_module, permission, engine_not_ready, poisoned, quota,
   ///         shutting_down (in all of these nothing was changed); engine_gone, memory_fault;
   ///         deadline or daemon_gone if the outcome is unknown: send the same transaction id again.
+  ///         daemon_gone says what it waited for; an engine that is not back yet after a daemon's
+  ///         end is waited for until `deadline`, one that was never there is no_such_engine at
+  ///         once.
   /// Blocks: until committed, refused or `deadline`. Pumps the gates of engines bound to the
   /// calling thread, so that trainer and engine may share it. Allocates: no, in the steady state.
   /// Ownership: the source tensors must not be written until it returns; after Errc::deadline not
