@@ -55,6 +55,7 @@ ordered_json empty_figures(const Model& model, const Options& options) {
                           "check_GBps",
                           "sha256_one_stream_GBps",
                           "ring_rtt_ns",
+                          "reconnect_ms",
                           "daemon_private_MiB",
                           "daemon_memfd_MiB",
                           "allocations_per_refit",
@@ -131,8 +132,8 @@ Result<Pair> Pair::start(const Bench& bench, bool cut) {
   return Pair{std::move(engine), std::move(trainer)};
 }
 
-Result<double> Pair::attach(const Daemon& daemon, const std::string& waiting) {
-  const json connect = {{"command", "connect"}, {"socket", daemon.socket()}, {"waiting", waiting}};
+Result<double> Pair::attach(const std::string& socket, const std::string& waiting) {
+  const json connect = {{"command", "connect"}, {"socket", socket}, {"waiting", waiting}};
   double seconds = 0;
   for (Peer* peer : {&engine, &trainer}) {
     REFIT_TRY(peer->call(connect));

@@ -18,7 +18,7 @@ namespace refit::bench {
 
 /// The parts of a run, as --only names them.
 inline constexpr const char* kParts[] = {"overhead", "ring",  "register", "attach",
-                                         "refit",    "check", "counts"};
+                                         "refit",    "check", "counts",   "reconnect"};
 
 struct Options {
   std::string manifest;
@@ -64,7 +64,7 @@ struct Pair {
   /// Starts both and lets them allocate; `cut` cuts every tensor to 64 bytes.
   static Result<Pair> start(const Bench& bench, bool cut);
   /// Both connect and register; the engine then waits in its gate. Seconds of both registrations.
-  Result<double> attach(const Daemon& daemon, const std::string& waiting);
+  Result<double> attach(const std::string& socket, const std::string& waiting);
   Result<void> detach();
   /// step_us 0: waits in its gate; else steps that long and polls.
   Result<void> open_gate(int step_us);
@@ -84,5 +84,9 @@ struct Pair {
 /// attaches to, under the key `size` ("full" or "small") of each figure. Detaches at the end.
 [[nodiscard]] Result<void> count_per_refit(Bench& bench, Pair& pair, const std::string& size,
                                            int refits, int traced_refits);
+
+/// From `kill -9` of an idle daemon to the end of the next refit, under socket activation, under
+/// the key `size` of reconnect_ms. Detaches at the end.
+[[nodiscard]] Result<void> measure_reconnect(Bench& bench, Pair& pair, const std::string& size);
 
 }  // namespace refit::bench

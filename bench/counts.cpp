@@ -73,7 +73,7 @@ Result<void> count_per_refit(Bench& bench, Pair& pair, const std::string& size, 
   REFIT_TRY_ASSIGN(Daemon daemon, Daemon::start({bench.options.refitd, "adaptive",
                                                  can_preload ? library : "", allocations.path()},
                                                 bench.directory));
-  REFIT_TRY(pair.attach(daemon, "adaptive"));
+  REFIT_TRY(pair.attach(daemon.socket(), "adaptive"));
   REFIT_TRY(pair.refits(bench.times(10, 3)));
 
   const std::uint64_t allocations_before = allocations.value();

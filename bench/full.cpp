@@ -61,7 +61,7 @@ Result<void> measure_attaches(Bench& bench, Pair& pair, const Daemon& daemon) {
   for (int i = 0; i < attaches; ++i) {
     bench.progress("fresh attach " + std::to_string(i + 1) + " of " + std::to_string(attaches));
     if (i > 0) REFIT_TRY(pair.detach());
-    REFIT_TRY_ASSIGN(const double seconds, pair.attach(daemon, "adaptive"));
+    REFIT_TRY_ASSIGN(const double seconds, pair.attach(daemon.socket(), "adaptive"));
     register_s.push_back(seconds);
     REFIT_TRY_ASSIGN(const Message pairs, pair.trainer.call({{"command", "pairs"}, {"count", 1}}));
     first.add(pairs);
@@ -178,7 +178,8 @@ bool fits(Bench& bench) {
       {"check", {"check_s", "check_GBps", "check_over_floor", "sha256_one_stream_GBps"}},
       {"counts",
        {"allocations_per_refit.full", "page_faults_per_refit.full", "syscalls_per_refit.full",
-        "yields_per_refit.full", "opens_per_refit.full"}}};
+        "yields_per_refit.full", "opens_per_refit.full"}},
+      {"reconnect", {"reconnect_ms.full"}}};
   bench.progress("skipped the model at this size: " + reason);
   for (const auto& [part, keys] : keys_of_parts) {
     if (!bench.wants(part)) continue;
@@ -194,7 +195,8 @@ Result<void> measure_full(Bench& bench) {
   const bool refit = bench.wants("refit");
   const bool check = bench.wants("check");
   const bool counts = bench.wants("counts");
-  if (!attach && !refit && !check && !counts) return {};
+  const bool reconnect = bench.wants("reconnect");
+  if (!attach && !refit && !check && !counts && !reconnect) return {};
   if (!fits(bench)) return {};
 
   bench.progress("trainer and engine allocate and fill " + in_gib(bench.model.bytes) + " each");
@@ -209,7 +211,7 @@ Result<void> measure_full(Bench& bench) {
     if (attach) {
       REFIT_TRY(measure_attaches(bench, pair, daemon));
     } else {
-      REFIT_TRY(pair.attach(daemon, "adaptive"));
+      REFIT_TRY(pair.attach(daemon.socket(), "adaptive"));
     }
     if (refit) REFIT_TRY(measure_pairs(bench, pair, best_s));
     REFIT_TRY(measure_memory(bench, daemon));
@@ -222,6 +224,7 @@ Result<void> measure_full(Bench& bench) {
     bench.progress("counts per refit at full size");
     REFIT_TRY(count_per_refit(bench, pair, "full", bench.times(100, 5), bench.times(20, 5)));
   }
+  if (reconnect) REFIT_TRY(measure_reconnect(bench, pair, "full"));
   return {};
 }
 

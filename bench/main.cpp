@@ -85,7 +85,7 @@ int main(int argc, char** argv) {
       ->capture_default_str()
       ->check(CLI::Range(1, 100'000));
   app.add_option("--only", options.only,
-                 "parts to run: overhead, ring, register, attach, refit, check, counts")
+                 "parts to run: overhead, ring, register, attach, refit, check, counts, reconnect")
       ->delimiter(',')
       ->check(
           CLI::IsMember(std::set<std::string>(std::begin(bench::kParts), std::end(bench::kParts))));

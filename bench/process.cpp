@@ -72,9 +72,12 @@ Result<Child> Child::spawn(const SpawnOptions& options) {
     if (!replaced) environment.push_back(text);
   }
   for (const auto& [name, value] : options.environment) environment.push_back(name + "=" + value);
+  char listen_pid[32] = "LISTEN_PID=";
+  if (options.activated) environment.emplace_back("LISTEN_FDS=1");
   std::vector<char*> argv, envp;
   for (const std::string& text : options.arguments) argv.push_back(const_cast<char*>(text.c_str()));
   for (const std::string& text : environment) envp.push_back(const_cast<char*>(text.c_str()));
+  if (options.activated) envp.push_back(listen_pid);
   argv.push_back(nullptr);
   envp.push_back(nullptr);
 
@@ -101,6 +104,7 @@ Result<Child> Child::spawn(const SpawnOptions& options) {
     } else if (options.inherited_fd >= 0) {
       ::dup2(options.inherited_fd, kInheritedFd);
     }
+    std::snprintf(listen_pid, sizeof listen_pid, "LISTEN_PID=%d", ::getpid());
     ::execve(argv[0], argv.data(), envp.data());
     ::_exit(127);
   }
@@ -196,10 +200,19 @@ Result<Peer> Peer::start(const std::string& role) {
 }
 
 Result<Message> Peer::call(const nlohmann::json& command, int fd) {
+  REFIT_TRY(tell(command, fd));
+  return hear();
+}
+
+Result<void> Peer::tell(const nlohmann::json& command, int fd) {
+  told_ = command.value("command", "?");
+  return channel_.send(command, fd);
+}
+
+Result<Message> Peer::hear() {
   constexpr auto kTimeout = std::chrono::minutes(20);
-  REFIT_TRY(channel_.send(command, fd));
   const auto end = std::chrono::steady_clock::now() + kTimeout;
-  const std::string what = role_ + ", command '" + command.value("command", "?") + "'";
+  const std::string what = role_ + ", command '" + told_ + "'";
   while (std::chrono::steady_clock::now() < end) {
     if (interrupted()) return fail(Errc::shutting_down, "interrupted");
     auto message = channel_.receive(milliseconds(200));
@@ -255,6 +268,45 @@ Result<void> Daemon::stop() {
   if (child_.stop(SIGTERM, std::chrono::seconds(20))) return {};
   return fail(Errc::os, "the daemon did not end well after SIGTERM: it " + child_.ending() +
                             "; it wrote:\n" + tail_of(log_));
+}
+
+Result<ActivatedDaemon> ActivatedDaemon::start(const std::string& program,
+                                               const TemporaryDirectory& directory) {
+  static int count = 0;
+  const std::string base = directory.path() + "/activated-" + std::to_string(++count);
+  UniqueFd listener = UniqueFd::adopt(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
+  ActivatedDaemon daemon(program, base, std::move(listener));
+  sockaddr_un address{};
+  address.sun_family = AF_UNIX;
+  std::strncpy(address.sun_path, daemon.socket_.c_str(), sizeof address.sun_path - 1);
+  const int fd = daemon.listener_.get();
+  if (::bind(fd, reinterpret_cast<const sockaddr*>(&address), sizeof address) != 0 ||
+      ::listen(fd, 64) != 0) {
+    return os_error("listening at " + daemon.socket_, errno);
+  }
+  REFIT_TRY(daemon.spawn());
+  return daemon;
+}
+
+Result<void> ActivatedDaemon::spawn() {
+  SpawnOptions options;
+  options.arguments = {program_};
+  options.output_path = log_;
+  options.inherited_fd = listener_.get();
+  options.activated = true;
+  REFIT_TRY_ASSIGN(Child child, Child::spawn(options));
+  child_ = std::move(child);
+  return {};
+}
+
+Result<void> ActivatedDaemon::activate() {
+  constexpr int kPatienceMs = 20'000;
+  if (!child_->wait(milliseconds(kPatienceMs)))
+    return fail(Errc::os, "the daemon outlived SIGKILL");
+  pollfd entry{listener_.get(), POLLIN, 0};
+  if (::poll(&entry, 1, kPatienceMs) != 1)
+    return fail(Errc::deadline, "no client came to the socket of a daemon that was killed");
+  return spawn();
 }
 
 }  // namespace refit::bench

@@ -4,6 +4,7 @@
 // Entered by the bench's one orchestrating thread. Knows nothing of what the processes do.
 #pragma once
 
+#include <signal.h>
 #include <sys/types.h>
 
 #include <chrono>
@@ -22,6 +23,7 @@ struct SpawnOptions {
   std::vector<std::pair<std::string, std::string>> environment;  ///< added to the bench's own
   std::string output_path;  ///< stdout and stderr go there; empty: the bench's own
   int inherited_fd = -1;    ///< appears in the child as kInheritedFd
+  bool activated = false;   ///< inherited_fd is a listening socket, passed as systemd passes one
 };
 
 inline constexpr int kInheritedFd = 3;
@@ -76,12 +78,16 @@ class Peer {
   /// Sends a command and waits for its answer. Errors: what the role reported; engine_gone if it
   /// died; deadline; shutting_down if the bench was interrupted.
   [[nodiscard]] Result<Message> call(const nlohmann::json& command, int fd = -1);
+  /// The two halves of call().
+  [[nodiscard]] Result<void> tell(const nlohmann::json& command, int fd = -1);
+  [[nodiscard]] Result<Message> hear();
   [[nodiscard]] pid_t pid() const noexcept { return child_.pid(); }
 
  private:
   Peer(std::string role, Child child, Channel channel)
       : role_(std::move(role)), child_(std::move(child)), channel_(std::move(channel)) {}
   std::string role_;
+  std::string told_;  ///< the last command's name, for messages
   Child child_;
   Channel channel_;
 };
@@ -114,6 +120,32 @@ class Daemon {
   Child child_;
   std::string socket_;
   std::string log_;
+};
+
+/// Daemons on one socket that the bench holds open, as systemd holds a socket unit's: while none
+/// runs, connections queue up, and the first of them starts the next one.
+class ActivatedDaemon {
+ public:
+  /// Listens and starts the first daemon.
+  static Result<ActivatedDaemon> start(const std::string& program,
+                                       const TemporaryDirectory& directory);
+
+  [[nodiscard]] const std::string& socket() const noexcept { return socket_; }
+  /// SIGKILL, and nothing else.
+  void kill() const { child_->signal(SIGKILL); }
+  /// Waits for the daemon's end, then for a connection, then starts the next daemon.
+  [[nodiscard]] Result<void> activate();
+
+ private:
+  ActivatedDaemon(std::string program, std::string base, UniqueFd listener)
+      : program_(std::move(program)),
+        socket_(base + ".sock"),
+        log_(base + ".log"),
+        listener_(std::move(listener)) {}
+  Result<void> spawn();
+  std::string program_, socket_, log_;
+  UniqueFd listener_;
+  std::optional<Child> child_;
 };
 
 /// The path of this program.

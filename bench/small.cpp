@@ -33,7 +33,7 @@ struct Side {
     REFIT_TRY_ASSIGN(Daemon daemon,
                      Daemon::start({bench.options.refitd, waiting, "", ""}, bench.directory));
     REFIT_TRY_ASSIGN(Pair pair, Pair::start(bench, /*cut=*/true));
-    REFIT_TRY(pair.attach(daemon, waiting));
+    REFIT_TRY(pair.attach(daemon.socket(), waiting));
     REFIT_TRY(pair.refits(bench.times(200, 2)));
     return Side{waiting, std::move(daemon), std::move(pair), {}, {}};
   }
@@ -128,6 +128,10 @@ Result<void> measure_small(Bench& bench) {
     bench.progress("counts per refit with tensors of 64 bytes");
     REFIT_TRY_ASSIGN(Pair pair, Pair::start(bench, /*cut=*/true));
     REFIT_TRY(count_per_refit(bench, pair, "small", bench.times(100, 5), bench.times(2000, 5)));
+  }
+  if (bench.wants("reconnect")) {
+    REFIT_TRY_ASSIGN(Pair pair, Pair::start(bench, /*cut=*/true));
+    REFIT_TRY(measure_reconnect(bench, pair, "small"));
   }
   return {};
 }

@@ -75,6 +75,7 @@ TEST_F(BenchSmoke, WholeRunVerifiesEveryTensorAndReportsEveryKey) {
                           "check_GBps",
                           "sha256_one_stream_GBps",
                           "ring_rtt_ns",
+                          "reconnect_ms",
                           "daemon_private_MiB",
                           "daemon_memfd_MiB",
                           "allocations_per_refit",
@@ -92,6 +93,8 @@ TEST_F(BenchSmoke, WholeRunVerifiesEveryTensorAndReportsEveryKey) {
   for (const char* key : {"p50", "min", "winner"})
     EXPECT_TRUE(sut.at("memcpy_s").contains(key)) << key;
   EXPECT_EQ(sut.at("refit_over_memcpy_pairs").at("count"), 3);
+  for (const char* size : {"small", "full"})
+    EXPECT_GT(sut.at("reconnect_ms").at(size).at("max"), 0) << size;
 }
 
 // Goal: fused targets are verified too. Method: the fused manifest at a hundredth, only the parts

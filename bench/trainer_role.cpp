@@ -118,6 +118,11 @@ class TrainerRole {
     if (name == "calibrate") return calibrate(command.at("rounds").get<int>(), reply);
     if (name == "pairs") return pairs(command.at("count").get<int>(), reply);
     if (name == "refits") return refits(command.at("count").get<int>(), reply);
+    if (name == "change") {
+      perturb(holding_.model, holding_.source, ++step_);
+      return {};
+    }
+    if (name == "refit_changed") return refit_changed(reply);
     if (name == "ping")
       return ping(command.at("count").get<int>(), command.at("core").get<int>(), reply);
     if (name == "check") return check(command.at("times").get<int>(), reply);
@@ -307,6 +312,15 @@ class TrainerRole {
     REFIT_TRY(compare());
     reply = {{"seconds", samples}, {"stepped_back", stepped_back_}};
     return {};
+  }
+
+  /// One refit of what "change" changed, and when it ended by the clock that all processes share.
+  Result<void> refit_changed(json& reply) {
+    REFIT_TRY_ASSIGN(const double seconds, timed_refit());
+    reply["ended_ns"] =
+        std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count();
+    reply["seconds"] = seconds;
+    return compare();
   }
 
   Result<void> ping(int count, int core, json& reply) {
