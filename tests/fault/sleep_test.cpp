@@ -221,7 +221,10 @@ TEST_F(Sleep, OutlivesTheDaemon) {
     daemon_->kill_now();
     EXPECT_EQ(code_of(sut.wake(Deadline::in(100ms))), Errc::daemon_gone);
     start();
-    must(sut.reconnect(soon()));
+    ASSERT_TRUE(eventually([&] {
+      must(sut.poll(soon()));
+      return sut.connected();
+    }));
     EXPECT_FALSE(sut.step_allowed());
 
     Observer observer = must(Observer::connect("observer", options(), soon()));
@@ -244,6 +247,7 @@ TEST_F(Sleep, OutlivesTheDaemon) {
 
 // Goal: sleep does not make broken weights whole, nor does waking with other memory.
 TEST_F(Sleep, PoisonedModuleStaysPoisoned) {
+  reconnect_ = false;
   start_armed("writing.half=kill");
   Engine sut = make_engine("flux", *target_);
   {

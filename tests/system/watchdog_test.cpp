@@ -80,6 +80,7 @@ TEST_F(Watchdog, DaemonThatNeverBlocksPingsToo) {
 // Goal: a loop that runs well does not hide a worker that hangs, and with it every refit. Method:
 // one thread of the copy pool never returns from its job; the loop still answers a ping of ours.
 TEST_F(Watchdog, HangingCopyThreadStopsThePings) {
+  reconnect_ = false;
   start_armed("copy.ended=hang");
   auto source = model_of(large_tensors(), 31);
   auto target = model_of(large_tensors(), 30);
