@@ -25,7 +25,8 @@ class StalledRefit {
     std::memset((*memory)->data(), '+', kTensorBytes);
     ModuleSpec spec("transformer");
     EXPECT_TRUE(spec.add("a", DType::uint8, {8, 8}, *memory, (*memory)->data()));
-    auto trainer = Trainer::connect("stalled", {socket_path, Waiting::off}, soon());
+    auto trainer =
+        Trainer::connect("stalled", {socket_path, Waiting::off, /*reconnect=*/false}, soon());
     auto observer = Observer::connect("watcher", {socket_path, Waiting::off}, soon());
     EXPECT_TRUE(trainer && observer && trainer->register_module(spec, soon()));
     trainer_.emplace(std::move(*trainer));
@@ -161,7 +162,7 @@ TEST_F(RefitctlOperate, DrainFinishesWhatRunsAndRefusesWhatComes) {
   // daemon ends after the first. Method: the engine answers its gate only when all that was seen.
   daemon_->start();
   start_engine({"a"});
-  auto late = Trainer::connect("late", {socket_path_, Waiting::off}, soon());
+  auto late = Trainer::connect("late", {socket_path_, Waiting::off, /*reconnect=*/false}, soon());
   ASSERT_TRUE(late);
   StalledRefit refit(socket_path_);
 
