@@ -13,6 +13,7 @@ pkg_check_modules(RE2 REQUIRED IMPORTED_TARGET re2)
 find_program(REFIT_FLATC flatc REQUIRED DOC "FlatBuffers compiler (package flatbuffers-compiler)")
 find_path(REFIT_FLATBUFFERS_INCLUDE flatbuffers/flatbuffers.h REQUIRED DOC "package libflatbuffers-dev")
 find_path(REFIT_EXPECTED_INCLUDE tl/expected.hpp REQUIRED DOC "package libexpected-dev")
+find_path(REFIT_TOML_INCLUDE toml++/toml.h REQUIRED DOC "package libtomlplusplus-dev; headers only")
 
 if(REFIT_TESTS)
   find_package(GTest REQUIRED)

@@ -85,6 +85,7 @@ ExitCode exit_code_for(const Error& error, Stage stage) noexcept {
     case Errc::unsupported:
       return ExitCode::missing_library;
     case Errc::not_enough_cores:
+    case Errc::bad_configuration:
       return ExitCode::bad_configuration;
     default:
       return ExitCode::failure;

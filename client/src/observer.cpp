@@ -31,6 +31,14 @@ PhaseHistogram histogram_from_wire(const wire::PhaseHistogram* entry, std::size_
   return histogram;
 }
 
+std::vector<std::string> strings_from_wire(
+    const flatbuffers::Vector<flatbuffers::Offset<flatbuffers::String>>* values) {
+  std::vector<std::string> strings;
+  if (values == nullptr) return strings;
+  for (const auto* value : *values) strings.emplace_back(view(value));
+  return strings;
+}
+
 }  // namespace
 
 class Observer::Impl {
@@ -81,10 +89,10 @@ Result<DaemonStatus> Observer::status(Deadline deadline) {
   status.draining = body->draining();
   if (body->sessions() != nullptr) {
     for (const auto* entry : *body->sessions()) {
-      status.sessions.push_back({entry->id(), static_cast<Role>(entry->role()),
-                                 std::string(view(entry->name())), entry->uid(), entry->pid(),
-                                 entry->modules(), entry->asleep(), entry->regions(),
-                                 entry->registered_bytes(), entry->in_flight(), entry->age_us()});
+      status.sessions.push_back(
+          {entry->id(), static_cast<Role>(entry->role()), std::string(view(entry->name())),
+           entry->uid(), entry->pid(), entry->modules(), entry->asleep(), entry->regions(),
+           entry->registered_bytes(), entry->in_flight(), entry->age_us(), entry->restricted()});
     }
   }
   if (body->modules() != nullptr) {
@@ -103,6 +111,8 @@ Result<DaemonStatus> Observer::status(Deadline deadline) {
       module.last = phases_from_wire(entry->last());
       module.populated = entry->populated();
       module.asleep = entry->asleep();
+      module.uid = entry->uid();
+      module.restricted = entry->restricted();
       status.modules.push_back(std::move(module));
     }
   }
@@ -220,6 +230,18 @@ Result<void> Observer::wait_gone(Deadline deadline) {
     if (count == 0 && deadline.passed()) return fail(Errc::deadline, "the daemon still runs");
     if (count < 0 && errno != EINTR) return fail_os("waiting for the daemon's end", errno);
   }
+}
+
+Result<ReloadReport> Observer::reload(Deadline deadline) {
+  Session& session = *impl_->session;
+  auto& fbb = session.builder();
+  fbb.Finish(wire::CreateReloadQuery(fbb));
+  REFIT_TRY_ASSIGN(const wire::Reply* reply,
+                   session.call(wire::Opcode::reload, deadline, Expect::long_running));
+  const auto* body = reply->body_as_Reloaded();
+  if (body == nullptr) return fail(Errc::protocol, "the daemon's reply is not a reload's");
+  return ReloadReport{std::string(view(body->file())), strings_from_wire(body->changed()),
+                      strings_from_wire(body->needs_restart())};
 }
 
 }  // namespace refit

@@ -7,6 +7,7 @@
 
 #include "digest/digest.hpp"
 #include "ipc/state_word.hpp"
+#include "server/quota.hpp"
 #include "server/several.hpp"
 
 namespace refit::daemon {
@@ -79,9 +80,6 @@ std::string region_label(const Session& session, const RegisterRequest& request,
   return session.name + "/" + request.module + ": region " + std::to_string(index);
 }
 
-/// Ranges that one session may have mapped; the kernel gives a process some 65,000.
-constexpr std::size_t kRegionsPerSessionMax = 512;
-
 }  // namespace
 
 void Registrar::close_later(std::vector<UniqueFd> fds) {
@@ -115,12 +113,55 @@ Result<Registrar::Mapped> Registrar::map_regions(Session& session, const Registe
       fds.emplace_back();
       continue;
     }
+    if (!found->second.refusal.empty()) {
+      problems.push_back({Errc::quota,
+                          0,
+                          region_label(session, request, fds.size()) + ": " + found->second.refusal,
+                          {}});
+    }
     fds.push_back(std::move(found->second.fd));
     session.tickets.erase(found);
   }
+  // First what is wrong with the memory itself: the declared bytes mean nothing before.
   Result<Mapped> mapped = map_fds(session, request, fds, std::move(problems));
+  if (mapped) {
+    if (auto fits = check_quotas(session, request); !fits)
+      mapped = Unexpected(std::move(fits).error());
+  }
   close_later(std::move(fds));
   return mapped;
+}
+
+/// What the module would add to what its uid uses; one that it replaces goes. All of its regions
+/// are known to have the bytes that they declare.
+Result<void> Registrar::check_quotas(const Session& session, const RegisterRequest& request) const {
+  const Limits& limits = configuration_.settings.limits;
+  Usage used = registry_.usage_of(session.peer.uid);
+  if (const auto found = session.modules.find(request.module); found != session.modules.end()) {
+    const Registration& old = *found->second->registration;
+    used.regions -= old.regions.size();
+    used.tensors -= old.manifest->tensors().size();
+    for (const Mapping& mapping : old.regions) used.registered_bytes -= mapping.bytes();
+  }
+  std::uint64_t bytes = 0;
+  for (const RegionClaim& claim : request.regions) bytes += claim.bytes;
+  const std::uint64_t tensors = request.tensors.size();
+  std::vector<Error> problems;
+  for (const Demand& demand :
+       {Demand{"limits.tensors_per_module", "tensors in one module", 0, tensors,
+               limits.tensors_per_module},
+        Demand{"limits.tensors_per_uid", "tensors", used.tensors, tensors, limits.tensors_per_uid},
+        Demand{"limits.regions_per_uid", "regions", used.regions, request.regions.size(),
+               limits.regions_per_uid},
+        Demand{"limits.registered_bytes_per_uid", "registered bytes", used.registered_bytes, bytes,
+               limits.registered_bytes_per_uid}}) {
+    if (auto over = over_quota(demand, session.peer.uid, session.name + "/" + request.module,
+                               configuration_)) {
+      problems.push_back(std::move(*over));
+    }
+  }
+  if (problems.empty()) return {};
+  return several(std::move(problems));
 }
 
 /// Maps every fd, or lists what is wrong with each that cannot be. A missing one is in `problems`
@@ -128,15 +169,6 @@ Result<Registrar::Mapped> Registrar::map_regions(Session& session, const Registe
 Result<Registrar::Mapped> Registrar::map_fds(const Session& session, const RegisterRequest& request,
                                              const std::vector<UniqueFd>& fds,
                                              std::vector<Error> problems) {
-  std::size_t regions = fds.size();
-  for (const auto& [name, module] : session.modules) {
-    if (name != request.module) regions += module->registration->regions.size();
-  }
-  if (regions > kRegionsPerSessionMax) {
-    return fail(Errc::quota, session.name + " would have " + std::to_string(regions) +
-                                 " regions; the limit is " + std::to_string(kRegionsPerSessionMax) +
-                                 " (put tensors into fewer, larger regions)");
-  }
   Mapped mapped;
   for (std::size_t i = 0; i < fds.size(); ++i) {
     if (!fds[i]) continue;

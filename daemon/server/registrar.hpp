@@ -7,6 +7,7 @@
 
 #include <functional>
 
+#include "config/configuration.hpp"
 #include "server/background_pool.hpp"
 #include "server/decode.hpp"
 #include "server/registry.hpp"
@@ -19,12 +20,13 @@ class Registrar {
  public:
   /// `closers`: for fds of unknown kind, whose close a client may be able to block for ever.
   Registrar(Registry& registry, Replies& replies, Scheduler& scheduler, BackgroundPool& background,
-            BackgroundPool& closers)
+            BackgroundPool& closers, const Configuration& configuration)
       : registry_(registry),
         replies_(replies),
         scheduler_(scheduler),
         background_(background),
-        closers_(closers) {}
+        closers_(closers),
+        configuration_(configuration) {}
 
   /// Reads tickets that may still wait on the session's socket.
   std::function<void(Session&)> drain_tickets;
@@ -49,6 +51,8 @@ class Registrar {
     std::vector<RegionInfo> infos;
   };
   Result<Mapped> map_regions(Session& session, const RegisterRequest& request);
+  [[nodiscard]] Result<void> check_quotas(const Session& session,
+                                          const RegisterRequest& request) const;
   static Result<Mapped> map_fds(const Session& session, const RegisterRequest& request,
                                 const std::vector<UniqueFd>& fds, std::vector<Error> problems);
   static Result<void> map_fd(int fd, std::uint64_t declared_bytes, Access access,
@@ -61,6 +65,7 @@ class Registrar {
   Scheduler& scheduler_;
   BackgroundPool& background_;
   BackgroundPool& closers_;
+  const Configuration& configuration_;
   std::uint64_t next_generation_ = 1;
 };
 

@@ -3,8 +3,8 @@
 #include <unistd.h>
 
 #include <chrono>
-#include <map>
 #include <optional>
+#include <set>
 #include <vector>
 
 #include "ipc/handshake.hpp"
@@ -32,26 +32,28 @@ flatbuffers::Offset<wire::PhaseHistogram> histogram(flatbuffers::FlatBufferBuild
                                     of_phase.sum_us());
 }
 
-/// What each uid uses of what is limited per uid.
+/// What each uid uses of what is limited per uid: of all uids to an operator, else of the asker's.
 flatbuffers::Offset<flatbuffers::Vector<flatbuffers::Offset<wire::QuotaUse>>> quotas(
-    flatbuffers::FlatBufferBuilder& fbb, const Registry& registry, const DaemonFacts& facts) {
-  struct Use {
-    std::uint64_t sessions = 0, registered_bytes = 0;
-  };
-  std::map<uid_t, Use> uses;
+    flatbuffers::FlatBufferBuilder& fbb, const Session& asker, const Registry& registry,
+    const Limits& limits) {
+  std::set<uid_t> uids;
   for (const auto& [id, session] : registry.sessions) {
-    Use& use = uses[session->peer.uid];
-    ++use.sessions;
-    use.registered_bytes += session->registered_bytes();
+    const uid_t uid = session->peer.uid;
+    if (uid == asker.peer.uid || Registry::is_operator(asker.peer.uid)) uids.insert(uid);
   }
   std::vector<flatbuffers::Offset<wire::QuotaUse>> list;
-  for (const auto& [uid, use] : uses) {
+  for (const uid_t uid : uids) {
+    const Usage use = registry.usage_of(uid);
     const auto add = [&, owner = uid](const char* quota, std::uint64_t used, std::uint64_t limit) {
       const auto name = fbb.CreateString(quota);
       list.push_back(wire::CreateQuotaUse(fbb, owner, name, used, limit));
     };
-    add("sessions", use.sessions, facts.sessions_per_uid_max);
-    add("registered_bytes", use.registered_bytes, 0);
+    add("sessions", use.sessions, limits.sessions_per_uid);
+    add("requests", use.requests, limits.requests_per_uid);
+    add("regions", use.regions, limits.regions_per_uid);
+    add("registered_bytes", use.registered_bytes, limits.registered_bytes_per_uid);
+    add("unclaimed_fds", use.unclaimed_fds, limits.unclaimed_fds_per_uid);
+    add("tensors", use.tensors, limits.tensors_per_uid);
   }
   return fbb.CreateVector(list);
 }
@@ -79,16 +81,32 @@ void reply_status(Replies& replies, Session& asker, std::uint64_t request_id,
   std::vector<flatbuffers::Offset<wire::ModuleStatus>> modules;
   for (const auto& [id, session] : registry.sessions) {
     const auto name = fbb.CreateString(session->name);
+    const bool restricted = !Registry::may_see(asker, *session);
     sessions.push_back(wire::CreateSessionStatus(
         fbb, id, static_cast<std::uint8_t>(session->role), name, session->peer.uid,
-        static_cast<std::uint32_t>(session->peer.pid),
-        static_cast<std::uint32_t>(session->modules.size()), session->asleep,
-        static_cast<std::uint32_t>(session->region_count()), session->registered_bytes(),
-        in_flight_of(*session, asker), us_between(session->connected, facts.now)));
+        restricted ? 0 : static_cast<std::uint32_t>(session->peer.pid),
+        restricted ? 0 : static_cast<std::uint32_t>(session->modules.size()), session->asleep,
+        restricted ? 0 : static_cast<std::uint32_t>(session->region_count()),
+        restricted ? 0 : session->registered_bytes(),
+        restricted ? 0 : in_flight_of(*session, asker),
+        restricted ? 0 : us_between(session->connected, facts.now), restricted));
     if (session->role != Role::engine) continue;
     for (const auto& [module_name, module] : session->modules) {
       const ModuleReading reading =
           read_module(session->memory->response_region().modules[module->slot]);
+      if (restricted) {
+        const auto only_name = fbb.CreateString(module_name);
+        wire::ModuleStatusBuilder told(fbb);
+        told.add_engine(name);
+        told.add_module_name(only_name);
+        told.add_state(static_cast<std::uint8_t>(reading.word.state));
+        told.add_version(reading.version);
+        told.add_asleep(module->registration->asleep);
+        told.add_uid(session->peer.uid);
+        told.add_restricted(true);
+        modules.push_back(told.Finish());
+        continue;
+      }
       const auto transaction = to_wire(reading.transaction);
       const wire::Phases last(module->last.wait_us, module->last.gate_us, module->last.copy_us,
                               module->last.check_us, module->last.total_us);
@@ -99,7 +117,7 @@ void reply_status(Replies& replies, Session& asker, std::uint64_t request_id,
           fbb, name, module_text, static_cast<std::uint8_t>(reading.word.state), reading.version,
           source, &transaction, static_cast<std::uint32_t>(registration.manifest->tensors().size()),
           registration.manifest->bytes(), module->refits, &last, module->last_bytes,
-          registration.populated, registration.asleep));
+          registration.populated, registration.asleep, session->peer.uid));
     }
   }
   const auto version = fbb.CreateString(kVersion);
@@ -144,7 +162,7 @@ void reply_metrics(Replies& replies, Session& asker, std::uint64_t request_id,
   auto& fbb = replies.builder();
   std::vector<flatbuffers::Offset<wire::ModuleMetrics>> modules;
   for (const auto& [id, session] : registry.sessions) {
-    if (session->role != Role::engine) continue;
+    if (session->role != Role::engine || !Registry::may_see(asker, *session)) continue;
     for (const auto& [name, module] : session->modules)
       modules.push_back(module_metrics(fbb, *session, *module, facts.now));
   }
@@ -163,7 +181,7 @@ void reply_metrics(Replies& replies, Session& asker, std::uint64_t request_id,
   const auto gate = histogram(fbb, statistics.gate());
   const auto copy = histogram(fbb, statistics.copy());
   const auto total = histogram(fbb, statistics.total());
-  const auto quota_list = quotas(fbb, registry, facts);
+  const auto quota_list = quotas(fbb, asker, registry, facts.limits);
   const auto module_list = fbb.CreateVector(modules);
   replies.send(
       asker, request_id, wire::Body::Metrics,

@@ -1,7 +1,7 @@
 // What the daemon says of itself: status, tensor lists and metrics as wire messages.
 #pragma once
 
-#include "options.hpp"
+#include "config/settings.hpp"
 #include "server/registry.hpp"
 #include "server/replies.hpp"
 #include "server/statistics.hpp"
@@ -18,7 +18,7 @@ struct DaemonFacts {
   std::string socket;
   Waiting waiting = Waiting::adaptive;
   bool draining = false;
-  std::uint64_t sessions_per_uid_max = 0;
+  Limits limits;
 };
 
 void reply_status(Replies& replies, Session& asker, std::uint64_t request_id,

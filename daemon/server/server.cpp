@@ -16,6 +16,7 @@
 #include "ipc/handshake.hpp"
 #include "ipc/waiting.hpp"
 #include "log.hpp"
+#include "server/quota.hpp"
 
 #ifndef SO_PEERPIDFD
 #define SO_PEERPIDFD 77
@@ -32,14 +33,24 @@ struct Hello {
 
 namespace {
 
-constexpr std::chrono::seconds kHelloLife{5};
-constexpr std::size_t kSessionsPerUidMax = 64;
 constexpr std::size_t kConnectingMax = 64;
 constexpr int kRequestsPerTurn = 64;
 constexpr int kAcceptsPerTurn = 64;
 
 UniqueFd open_pidfd(pid_t pid) {
   return UniqueFd::adopt(static_cast<int>(::syscall(SYS_pidfd_open, pid, 0)));
+}
+
+/// The peer's supplementary groups as they were when it connected.
+Result<std::vector<gid_t>> groups_of(int socket) {
+  std::vector<gid_t> groups(64);
+  for (;;) {
+    auto length = static_cast<socklen_t>(groups.size() * sizeof(gid_t));
+    const bool done = ::getsockopt(socket, SOL_SOCKET, SO_PEERGROUPS, groups.data(), &length) == 0;
+    if (!done && errno != ERANGE) return fail_os("SO_PEERGROUPS", errno);
+    groups.resize(length / sizeof(gid_t));  // ERANGE tells how many there are
+    if (done) return groups;
+  }
 }
 
 /// The kernel's word on who connected, and a pidfd that cannot name a reused pid.
@@ -57,7 +68,8 @@ Result<PeerCredentials> peer_of(int socket, UniqueFd& pidfd) {
                                           // was its own a moment ago
   }
   if (!pidfd) return fail_os("opening a pidfd of pid " + std::to_string(credentials.pid), errno);
-  return PeerCredentials{credentials.uid, credentials.gid, credentials.pid};
+  REFIT_TRY_ASSIGN(auto groups, groups_of(socket));
+  return PeerCredentials{credentials.uid, credentials.gid, credentials.pid, std::move(groups)};
 }
 
 /// Who connected, as far as the kernel tells; for a client that has no session.
@@ -104,37 +116,42 @@ bool is_gone(const Session& session) {
 
 }  // namespace
 
-Server::Server(const Options& options, Listener listener, CompletionQueue completions,
+Server::Server(Configuration configuration, Listener listener, CompletionQueue completions,
                std::unique_ptr<CopyPool> copy_pool)
-    : options_(options),
+    : configuration_(std::move(configuration)),
       listener_(std::move(listener)),
       started_(Clock::now()),
       completions_(std::move(completions)),
       copy_pool_(std::move(copy_pool)) {}
 
-Result<std::unique_ptr<Server>> Server::create(const Options& options, Listener listener) {
-  if (options.waiting == Waiting::always && cores() < 2) {
+Result<std::unique_ptr<Server>> Server::create(Configuration configuration,
+                                               ConfigurationSource source, Listener listener) {
+  if (configuration.settings.waiting == Waiting::always && cores() < 2) {
     return fail(Errc::not_enough_cores,
-                "--waiting always needs at least 2 cores: one for the daemon, one for a client");
+                "waiting mode `always` needs at least 2 cores: one for the daemon, one for a "
+                "client");
   }
-  REFIT_TRY_ASSIGN(auto copy_pool, CopyPool::create(options.copy_threads));
+  REFIT_TRY_ASSIGN(auto copy_pool, CopyPool::create(configuration.settings.copy_threads));
   REFIT_TRY_ASSIGN(auto completions, CompletionQueue::create());
-  std::unique_ptr<Server> server(
-      new Server(options, std::move(listener), std::move(completions), std::move(copy_pool)));
-  REFIT_TRY(server->set_up());
+  std::unique_ptr<Server> server(new Server(std::move(configuration), std::move(listener),
+                                            std::move(completions), std::move(copy_pool)));
+  REFIT_TRY(server->set_up(std::move(source)));
   return server;
 }
 
-Result<void> Server::set_up() {
+Result<void> Server::set_up(ConfigurationSource source) {
   background_ = std::make_unique<BackgroundPool>(
-      options_.check_threads == 0 ? cores() : options_.check_threads, completions_);
+      settings().check_threads == 0 ? cores() : settings().check_threads, completions_);
   closers_ = std::make_unique<BackgroundPool>(1, completions_);
-  registrar_ =
-      std::make_unique<Registrar>(registry_, replies_, scheduler_, *background_, *closers_);
+  registrar_ = std::make_unique<Registrar>(registry_, replies_, scheduler_, *background_, *closers_,
+                                           configuration_);
   refits_ = std::make_unique<Refits>(registry_, scheduler_, replies_, *copy_pool_, completions_,
-                                     statistics_, options_.waiting);
+                                     statistics_, settings().waiting);
   checker_ = std::make_unique<Checker>(registry_, scheduler_, replies_, *background_, statistics_);
   sleeper_ = std::make_unique<Sleeper>(registry_, scheduler_, replies_, *background_);
+  reloader_ = std::make_unique<Reloader>(std::move(source), configuration_, registry_, replies_,
+                                         *background_);
+  reloader_->changed = [this] { on_configuration_changed(); };
   // Only noted: whoever replies may be in the middle of changing what the end of a session changes.
   replies_.overrun = [this](Session& session) { overrun_.push_back(session.id); };
   registrar_->drain_tickets = [this](Session& session) { drain_tickets(session); };
@@ -156,45 +173,54 @@ Result<void> Server::set_up() {
   sd_event* event = nullptr;
   if (const int code = sd_event_new(&event); code < 0) return fail_os("sd_event_new", -code);
   event_.reset(event);
-  sd_event_source* source = nullptr;
+  sd_event_source* added = nullptr;
   int code = sd_event_add_io(
-      event, &source, listener_.fd(), EPOLLIN,
+      event, &added, listener_.fd(), EPOLLIN,
       [](sd_event_source*, int, std::uint32_t, void* self) {
         static_cast<Server*>(self)->on_listener();
         return 0;
       },
       this);
   if (code < 0) return fail_os("watching the listening socket", -code);
-  listener_source_.reset(source);
+  listener_source_.reset(added);
   code = sd_event_add_io(
-      event, &source, completions_.fd(), EPOLLIN | EPOLLET,
+      event, &added, completions_.fd(), EPOLLIN | EPOLLET,
       [](sd_event_source*, int, std::uint32_t, void* self) {
         static_cast<Server*>(self)->completions_.drain();
         return 0;
       },
       this);
   if (code < 0) return fail_os("watching the completion queue", -code);
-  completion_source_.reset(source);
+  completion_source_.reset(added);
   code = sd_event_add_time(
-      event, &source, CLOCK_MONOTONIC, UINT64_MAX, /*accuracy=*/1,
+      event, &added, CLOCK_MONOTONIC, UINT64_MAX, /*accuracy=*/1,
       [](sd_event_source*, std::uint64_t, void* self) {
         static_cast<Server*>(self)->on_timer();
         return 0;
       },
       this);
   if (code < 0) return fail_os("making the timer", -code);
-  timer_.reset(source);
+  timer_.reset(added);
   for (const int signal : {SIGTERM, SIGINT}) {
     code = sd_event_add_signal(
-        event, &source, signal,
+        event, &added, signal,
         [](sd_event_source*, const signalfd_siginfo* info, void* self) {
           static_cast<Server*>(self)->begin_drain("signal " + std::to_string(info->ssi_signo));
           return 0;
         },
         this);
     if (code < 0) return fail_os("watching signals", -code);
-    signal_sources_.emplace_back(source);
+    signal_sources_.emplace_back(added);
   }
+  code = sd_event_add_signal(
+      event, &added, SIGHUP,
+      [](sd_event_source*, const signalfd_siginfo*, void* self) {
+        static_cast<Server*>(self)->reloader_->begin();
+        return 0;
+      },
+      this);
+  if (code < 0) return fail_os("watching SIGHUP", -code);
+  signal_sources_.emplace_back(added);
   REFIT_TRY_ASSIGN(watchdog_, Watchdog::create(event, *copy_pool_, *background_));
   return {};
 }
@@ -220,9 +246,9 @@ Result<void> Server::run() {
              listener_.path().empty() ? "systemd's socket" : listener_.path().c_str());
   log(LogEvent::started, "serving " +
                              (listener_.path().empty() ? "systemd's socket" : listener_.path()) +
-                             " (waiting " + std::string(waiting_name(options_.waiting)) + ", " +
+                             " (waiting " + std::string(waiting_name(settings().waiting)) + ", " +
                              std::to_string(copy_pool_->thread_count()) + " copy threads)");
-  const bool never_block = options_.waiting == Waiting::always;
+  const bool never_block = settings().waiting == Waiting::always;
   std::uint32_t turns = 0;
   for (;;) {
     if (draining_ && refits_->idle() && checker_->idle()) break;
@@ -301,7 +327,7 @@ void Server::on_listener() {
     }
     if (connecting_.size() >= kConnectingMax) drop_oldest_connecting();
     auto connecting = std::make_unique<Connecting>();
-    connecting->expires = Clock::now() + kHelloLife;
+    connecting->expires = Clock::now() + std::chrono::milliseconds(settings().hello_timeout_ms);
     const int fd = socket.get();
     connecting->socket = std::move(socket);
     sd_event_source* source = nullptr;
@@ -347,7 +373,7 @@ void Server::on_hello(Connecting& connecting) {
       fields.native = session.error().native;
       log(LogEvent::client_refused, "refused a client: " + session.error().message, fields);
       refuse(connecting.socket.get(), session.error());
-    } else if (options_.verbose) {
+    } else if (settings().verbose) {
       log(LogEvent::session, (*session)->label_and_uid() + " connected", fields_of(**session));
     }
   } else if (outcome == Receive::peer_broke_protocol) {
@@ -360,11 +386,11 @@ void Server::on_hello(Connecting& connecting) {
 Result<std::shared_ptr<Session>> Server::admit(Connecting& connecting, const Hello& hello) {
   UniqueFd pidfd;
   REFIT_TRY_ASSIGN(const PeerCredentials peer, peer_of(connecting.socket.get(), pidfd));
-  if (registry_.count_of(peer.uid) >= kSessionsPerUidMax) {
-    return fail(Errc::quota, "uid " + std::to_string(peer.uid) + " has " +
-                                 std::to_string(kSessionsPerUidMax) +
-                                 " sessions, which is the limit");
-  }
+  const Demand one_more{"limits.sessions_per_uid", "sessions",
+                        registry_.usage_of(peer.uid).sessions, 1,
+                        settings().limits.sessions_per_uid};
+  if (auto over = over_quota(one_more, peer.uid, hello.name, configuration_))
+    return Unexpected(std::move(*over));
   if (hello.role == Role::engine) {
     auto holder = registry_.find_engine(peer.uid, hello.name);
     if (holder != nullptr && is_gone(*holder)) {
@@ -386,15 +412,16 @@ Result<std::shared_ptr<Session>> Server::admit(Connecting& connecting, const Hel
   }
   REFIT_TRY_ASSIGN(
       auto session,
-      Session::open(next_session_++,
-                    UniqueFd::adopt(::fcntl(connecting.socket.get(), F_DUPFD_CLOEXEC, 3)), peer,
-                    std::move(pidfd), hello.role, hello.name, options_.waiting, own_pidfd_.get()));
+      Session::open(
+          next_session_++, UniqueFd::adopt(::fcntl(connecting.socket.get(), F_DUPFD_CLOEXEC, 3)),
+          peer, std::move(pidfd), hello.role, hello.name, settings().waiting, own_pidfd_.get()));
   session->asleep = hello.asleep && hello.role == Role::engine;
   REFIT_TRY(watch(session));
   if (hello.waiting == Waiting::always) {
     session->spins = true;
     ++spinning_sessions_;
   }
+  session->access = EngineAccess::of(settings().engines, peer.uid, session->name);
   registry_.sessions.emplace(session->id, session);
   return session;
 }
@@ -459,7 +486,7 @@ void Server::on_doorbell(Session& session) {
   }
   if (session.role == Role::engine) refits_->on_engine_answer(session);
   // The edge is spent: what is left in the ring needs another one.
-  if (session.has_request() && options_.waiting != Waiting::always) session.ring_myself();
+  if (session.has_request() && settings().waiting != Waiting::always) session.ring_myself();
 }
 
 void Server::on_socket(Session& session, std::uint32_t events) {
@@ -498,8 +525,18 @@ void Server::drain_tickets(Session& session) {
                                   ? "it used a ticket twice"
                                   : "it left more than 64 tickets unclaimed");
     }
-    session.tickets.emplace(body.ticket, Session::Ticket{std::move(message.fds.front()),
-                                                         Clock::now() + Session::kTicketLife});
+    Session::Ticket held{
+        {}, Clock::now() + std::chrono::milliseconds(settings().fd_timeout_ms), {}};
+    const Demand one_more{"limits.unclaimed_fds_per_uid", "unclaimed fds",
+                          registry_.usage_of(session.peer.uid).unclaimed_fds, 1,
+                          settings().limits.unclaimed_fds_per_uid};
+    if (const auto over = over_quota(one_more, session.peer.uid, session.name, configuration_)) {
+      held.refusal = over->message;
+      registrar_->close_later(std::move(message.fds));
+    } else {
+      held.fd = std::move(message.fds.front());
+    }
+    session.tickets.emplace(body.ticket, std::move(held));
   }
 }
 
@@ -516,7 +553,7 @@ void Server::violate(Session& session, const std::string& reason) {
 void Server::end_session(Session& session, const std::string& reason) {
   if (session.closed) return;
   session.closed = true;
-  if (options_.verbose)
+  if (settings().verbose)
     log(LogEvent::session, session.label() + " ended: " + reason, fields_of(session));
   const auto found = registry_.sessions.find(session.id);
   REFIT_ASSERT(found != registry_.sessions.end());
@@ -578,6 +615,14 @@ void Server::dispatch(Session& session, const Session::Request& request) {
          "more than " + std::to_string(kRingSlots) + " requests of this session are unanswered",
          {}});
   }
+  // Adding up is left out while no session has more than its share of what its uid may have.
+  const std::uint64_t allowed = settings().limits.requests_per_uid;
+  if (session.in_flight * registry_.sessions.size() > allowed) {
+    const Demand one_more{"limits.requests_per_uid", "unanswered requests",
+                          registry_.usage_of(session.peer.uid).requests - 1, 1, allowed};
+    if (const auto over = over_quota(one_more, session.peer.uid, session.name, configuration_))
+      return replies_.send_error(session, request.id, *over);
+  }
   const bool starts_work =
       request.opcode == wire::Opcode::refit || request.opcode == wire::Opcode::register_module ||
       request.opcode == wire::Opcode::check || request.opcode == wire::Opcode::digest;
@@ -631,6 +676,9 @@ void Server::dispatch(Session& session, const Session::Request& request) {
     case wire::Opcode::wake:
       return with_message<wire::Wake>(session, request,
                                       [&](const auto&) { sleeper_->wake(session, request.id); });
+    case wire::Opcode::reload:
+      return with_message<wire::ReloadQuery>(
+          session, request, [&](const auto&) { reloader_->begin(session, request.id); });
   }
   violate(session,
           "opcode " + std::to_string(static_cast<unsigned>(request.opcode)) + " does not exist");
@@ -682,12 +730,18 @@ void Server::on_timer() {
   }
 }
 
+/// Sessions, registrations and what waits stay as they are; limits and rules hold for what comes.
+void Server::on_configuration_changed() {
+  for (const auto& [id, session] : registry_.sessions)
+    session->access = EngineAccess::of(settings().engines, session->peer.uid, session->name);
+}
+
 /// What runs may finish, what comes is refused. A second signal calls off what waits; a write is
 /// always finished, because ending in the middle of one would poison the module.
 void Server::begin_drain(const std::string& cause) {
   log(LogEvent::draining, cause + ": draining");
   drain_until_ = draining_ ? Clock::now()
-                           : Clock::now() + std::chrono::milliseconds(options_.drain_timeout_ms);
+                           : Clock::now() + std::chrono::milliseconds(settings().drain_timeout_ms);
   if (!draining_) sd_notify(0, "STOPPING=1\nSTATUS=Draining");
   draining_ = true;
 }
@@ -718,9 +772,9 @@ DaemonFacts Server::facts(Clock::time_point now) const {
           copy_pool_->thread_count(),
           copy_pool_->kernel_name(),
           listener_.path(),
-          options_.waiting,
+          settings().waiting,
           draining_,
-          kSessionsPerUidMax};
+          settings().limits};
 }
 
 }  // namespace refit::daemon

@@ -9,8 +9,8 @@
 #include <string>
 #include <vector>
 
+#include "config/configuration.hpp"
 #include "memory/copy_pool.hpp"
-#include "options.hpp"
 #include "server/background_pool.hpp"
 #include "server/checker.hpp"
 #include "server/completion.hpp"
@@ -18,6 +18,7 @@
 #include "server/refits.hpp"
 #include "server/registrar.hpp"
 #include "server/registry.hpp"
+#include "server/reloader.hpp"
 #include "server/replies.hpp"
 #include "server/reports.hpp"
 #include "server/scheduler.hpp"
@@ -29,16 +30,19 @@ namespace refit::daemon {
 
 class Server {
  public:
-  static Result<std::unique_ptr<Server>> create(const Options& options, Listener listener);
+  /// `source` is where a reload reads again.
+  static Result<std::unique_ptr<Server>> create(Configuration configuration,
+                                                ConfigurationSource source, Listener listener);
   ~Server();
 
-  /// Serves until a signal has drained it. SIGTERM and SIGINT must be blocked in every thread.
+  /// Serves until a signal has drained it. SIGTERM, SIGINT and SIGHUP must be blocked in every
+  /// thread.
   Result<void> run();
 
  private:
-  Server(const Options& options, Listener listener, CompletionQueue completions,
+  Server(Configuration configuration, Listener listener, CompletionQueue completions,
          std::unique_ptr<CopyPool> copy_pool);
-  Result<void> set_up();
+  Result<void> set_up(ConfigurationSource source);
 
   // connecting
   struct Connecting {
@@ -71,6 +75,7 @@ class Server {
   // time and signals
   void arm_timer();
   void on_timer();
+  void on_configuration_changed();
   void begin_drain(const std::string& cause);
   void drain(Session& asker, std::uint64_t request_id);
   [[nodiscard]] DaemonFacts facts(Clock::time_point now) const;
@@ -78,7 +83,9 @@ class Server {
 
   static int event(Server& server, int outcome);
 
-  Options options_;
+  [[nodiscard]] const Settings& settings() const noexcept { return configuration_.settings; }
+
+  Configuration configuration_;  ///< only the Reloader changes it
   Listener listener_;
   Clock::time_point started_;
   UniqueFd own_pidfd_;
@@ -94,6 +101,7 @@ class Server {
   std::unique_ptr<Refits> refits_;
   std::unique_ptr<Checker> checker_;
   std::unique_ptr<Sleeper> sleeper_;
+  std::unique_ptr<Reloader> reloader_;
 
   struct EventUnref {
     void operator()(sd_event* event) const noexcept { sd_event_unref(event); }

@@ -28,16 +28,11 @@
 #include "plan/manifest.hpp"
 #include "refit/result.hpp"
 #include "server/clock.hpp"
+#include "server/engine_access.hpp"
 
 namespace refit::daemon {
 
 class Server;
-
-struct PeerCredentials {
-  uid_t uid = 0;
-  gid_t gid = 0;
-  pid_t pid = 0;
-};
 
 /// The two regions of a session. Shared, because the words must stay mapped as long as a
 /// transaction writes them.
@@ -160,10 +155,10 @@ class Session {
 
   // -- tickets
 
-  static constexpr std::chrono::seconds kTicketLife{5};
   struct Ticket {
-    UniqueFd fd;
+    UniqueFd fd;  ///< none if it was refused
     Clock::time_point expires;
+    std::string refusal;  ///< told to the request that names the ticket: the socket has no answers
   };
   std::map<std::uint64_t, Ticket> tickets;
 
@@ -184,6 +179,7 @@ class Session {
       0;  ///< requests taken and not answered; more than the ring holds are refused
 
   // engines only
+  EngineAccess access;  ///< besides the own uid
   EngineLock lock;
   bool asleep = false;  ///< refits, checks and digests are refused
   std::uint64_t gate_epoch = 0;

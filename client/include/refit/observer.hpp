@@ -27,6 +27,7 @@ struct SessionStatus {
   std::uint64_t registered_bytes = 0;
   std::uint32_t in_flight = 0;  ///< requests that the daemon took and has not answered
   std::uint64_t age_us = 0;
+  bool restricted = false;  ///< another uid's: only name, role and uid are told
 };
 
 struct ModuleStatus {
@@ -39,7 +40,9 @@ struct ModuleStatus {
   std::uint64_t bytes = 0, refits = 0, last_bytes = 0;
   Phases last;
   bool populated = false;
-  bool asleep = false;  ///< its memory was given up and not registered again
+  bool asleep = false;      ///< its memory was given up and not registered again
+  std::uint32_t uid = 0;    ///< the engine's
+  bool restricted = false;  ///< another uid's: only names, state and version are told
 };
 
 struct DaemonStatus {
@@ -98,6 +101,13 @@ struct DaemonMetrics {
   std::vector<ModuleMetrics> modules;
 };
 
+/// What a reload of the daemon's configuration did, by key ("engine" for the permission rules).
+struct ReloadReport {
+  std::string file;
+  std::vector<std::string> changed;
+  std::vector<std::string> needs_restart;  ///< differ from what runs and were left alone
+};
+
 class Observer {
  public:
   [[nodiscard]] static Result<Observer> connect(const std::string& name,
@@ -120,6 +130,11 @@ class Observer {
   [[nodiscard]] Result<void> drain(Deadline deadline);
   /// Waits for the end of the daemon's process; Errc::deadline while it lives.
   [[nodiscard]] Result<void> wait_gone(Deadline deadline);
+
+  /// Lets the daemon read its configuration again; returns when it is in force. Errors:
+  /// Errc::permission unless root or the daemon's own uid asks; Errc::bad_configuration, whose
+  /// details are all that is wrong with the file: the old one holds.
+  [[nodiscard]] Result<ReloadReport> reload(Deadline deadline);
 
  private:
   class Impl;

@@ -37,7 +37,8 @@
   X(already_running, 24)   /* another daemon serves this socket */                            \
   X(unsupported, 25)       /* known, but not built here; the message says what is */          \
   X(busy, 26)              /* one call at a time on this object */                            \
-  X(engine_asleep, 27)     /* the engine gave its memory up until it wakes */
+  X(engine_asleep, 27)     /* the engine gave its memory up until it wakes */                 \
+  X(bad_configuration, 28) /* the daemon's configuration is wrong; details list everything */
 
 namespace refit {
 
