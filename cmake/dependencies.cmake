@@ -6,13 +6,13 @@ find_package(Boost 1.74 REQUIRED)
 find_package(OpenSSL 3 REQUIRED COMPONENTS Crypto)
 find_package(nlohmann_json 3.11 REQUIRED)
 find_package(CLI11 REQUIRED)
+find_package(tl-expected REQUIRED)  # package libexpected-dev
 pkg_check_modules(XXHASH REQUIRED IMPORTED_TARGET libxxhash)
 pkg_check_modules(SYSTEMD REQUIRED IMPORTED_TARGET libsystemd)
 pkg_check_modules(RE2 REQUIRED IMPORTED_TARGET re2)
 
 find_program(REFIT_FLATC flatc REQUIRED DOC "FlatBuffers compiler (package flatbuffers-compiler)")
 find_path(REFIT_FLATBUFFERS_INCLUDE flatbuffers/flatbuffers.h REQUIRED DOC "package libflatbuffers-dev")
-find_path(REFIT_EXPECTED_INCLUDE tl/expected.hpp REQUIRED DOC "package libexpected-dev")
 find_path(REFIT_TOML_INCLUDE toml++/toml.h REQUIRED DOC "package libtomlplusplus-dev; headers only")
 
 if(REFIT_TESTS)

@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "refit/api.hpp"
 #include "refit/result.hpp"
 #include "refit/types.hpp"
 
@@ -12,7 +13,7 @@ namespace refit {
 /// $XDG_RUNTIME_DIR/refit/refitd.sock if it exists, else the system's: $REFIT_SYSTEM_SOCKET (for
 /// tests), else /run/refitd/refitd.sock. The daemons of a host do not know of each other; a call
 /// that fails with no_such_engine looks whether the other one has the engine, and says so.
-[[nodiscard]] std::string default_socket_path();
+[[nodiscard]] REFIT_API std::string default_socket_path();
 
 struct ConnectOptions {
   std::string socket_path;  ///< empty means default_socket_path()

@@ -15,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "refit/api.hpp"
 #include "refit/connection.hpp"
 #include "refit/module.hpp"
 #include "refit/result.hpp"
@@ -39,7 +40,7 @@ struct GateHandler {
       release;  ///< the loop may go on, if step_allowed(); null if nothing was committed
 };
 
-class Engine {
+class REFIT_API Engine {
  public:
   /// Connects under `name`, which is unique per uid. Errors as Trainer::connect, and name_taken
   /// with the holder's pid.
@@ -105,7 +106,7 @@ class Engine {
   [[nodiscard]] Result<void> reconnect(Deadline deadline);
 
  private:
-  class Impl;
+  class REFIT_LOCAL Impl;
   explicit Engine(std::unique_ptr<Impl> impl);
   std::unique_ptr<Impl> impl_;
 };

@@ -9,11 +9,12 @@
 #include <cstdint>
 #include <memory>
 
+#include "refit/api.hpp"
 #include "refit/result.hpp"
 
 namespace refit {
 
-class SharedMemory {
+class REFIT_API SharedMemory {
  public:
   /// Allocates `bytes` (rounded up to 2 MiB), zeroed and backed, so that exhaustion is an error
   /// here and never a SIGBUS later. Errors: Errc::os (ENOSPC, ENOMEM, EMFILE), Errc::bad_argument
@@ -33,7 +34,7 @@ class SharedMemory {
   [[nodiscard]] bool contains(const void* address, std::size_t size) const noexcept;
 
  private:
-  struct State;
+  struct REFIT_LOCAL State;
   explicit SharedMemory(std::unique_ptr<State> state) noexcept;
   std::unique_ptr<State> state_;
 };

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "refit/api.hpp"
 #include "refit/memory.hpp"
 #include "refit/residency.hpp"
 #include "refit/result.hpp"
@@ -15,7 +16,7 @@ namespace refit {
 
 /// A module's manifest under construction. Holds its memory, so that what is registered stays
 /// mapped.
-class ModuleSpec {
+class REFIT_API ModuleSpec {
  public:
   explicit ModuleSpec(std::string name) : name_(std::move(name)) {}
 
@@ -68,7 +69,7 @@ class ModuleSpec {
 };
 
 /// Row-major layout of many tensors in one SharedMemory: each start aligned to `align_bytes`.
-struct ArenaLayout {
+struct REFIT_API ArenaLayout {
   std::vector<std::uint64_t> offsets;  ///< per tensor, in the order given
   std::uint64_t bytes = 0;
   static ArenaLayout pack(const std::vector<std::uint64_t>& tensor_bytes,

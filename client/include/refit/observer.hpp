@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "refit/api.hpp"
 #include "refit/checker.hpp"
 #include "refit/connection.hpp"
 #include "refit/result.hpp"
@@ -108,7 +109,7 @@ struct ReloadReport {
   std::vector<std::string> needs_restart;  ///< differ from what runs and were left alone
 };
 
-class Observer {
+class REFIT_API Observer {
  public:
   [[nodiscard]] static Result<Observer> connect(const std::string& name,
                                                 const ConnectOptions& options, Deadline deadline);
@@ -137,7 +138,7 @@ class Observer {
   [[nodiscard]] Result<ReloadReport> reload(Deadline deadline);
 
  private:
-  class Impl;
+  class REFIT_LOCAL Impl;
   explicit Observer(std::unique_ptr<Impl> impl);
   std::unique_ptr<Impl> impl_;
 };

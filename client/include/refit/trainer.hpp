@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "refit/api.hpp"
 #include "refit/checker.hpp"
 #include "refit/connection.hpp"
 #include "refit/module.hpp"
@@ -55,7 +56,7 @@ struct RefitReport {
   std::uint64_t device_bytes = 0;  ///< written to device places of resident layers, besides `bytes`
 };
 
-class Trainer {
+class REFIT_API Trainer {
  public:
   /// Connects and says who it is. Errors: Errc::os (no daemon there: the message names the socket),
   /// protocol_version, permission, quota, not_enough_cores, shutting_down, deadline.
@@ -100,7 +101,7 @@ class Trainer {
   [[nodiscard]] Result<void> ping(Deadline deadline);
 
  private:
-  class Impl;
+  class REFIT_LOCAL Impl;
   explicit Trainer(std::unique_ptr<Impl> impl);
   std::unique_ptr<Impl> impl_;
 };

@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "refit/api.hpp"
 #include "refit/errc.hpp"
 
 namespace refit {
@@ -44,7 +45,7 @@ using Unexpected = tl::unexpected<Error>;
 }
 
 /// An environment failure: `what` names the call and its object, `native` is errno.
-[[nodiscard]] Unexpected fail_os(const std::string& what, int native);
+[[nodiscard]] REFIT_API Unexpected fail_os(const std::string& what, int native);
 
 }  // namespace refit
 

@@ -11,6 +11,8 @@
 #include <string_view>
 #include <vector>
 
+#include "refit/api.hpp"
+
 namespace refit {
 
 // X(name, wire number, bytes per element, torch's str(dtype)). The numbers travel on the wire and
@@ -75,7 +77,7 @@ inline std::optional<DType> parse_dtype(std::string_view name) noexcept {
 using Dims = std::vector<std::uint64_t>;
 
 /// PyTorch's repr(tuple(shape)): "()", "(128,)", "(3072, 256)".
-[[nodiscard]] std::string shape_repr(const Dims& shape);
+[[nodiscard]] REFIT_API std::string shape_repr(const Dims& shape);
 
 /// The layer buffer of a tensor that is not offloaded.
 inline constexpr std::uint32_t kNoLayerBuffer = 0xffffffff;
@@ -110,7 +112,7 @@ struct NameRule {
 };
 
 /// The trainer's 128-bit name of a transaction. Zero is no transaction.
-struct TransactionId {
+struct REFIT_API TransactionId {
   std::uint64_t high = 0;
   std::uint64_t low = 0;
 
@@ -252,7 +254,7 @@ constexpr std::string_view place_name(Place place) noexcept {
 }
 
 /// A digest's bytes: 32 of SHA-256 or 16 of XXH3-128 (canonical big-endian order).
-struct Digest {
+struct REFIT_API Digest {
   std::array<std::uint8_t, 32> bytes{};
   std::uint8_t length = 0;
 
