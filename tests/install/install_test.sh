@@ -12,7 +12,10 @@ outside=$(cd "$(dirname "${BASH_SOURCE[0]}")/outside" && pwd)
 work=$(mktemp -d)
 daemon=
 finish() {
-  if [[ -n $daemon ]]; then kill "$daemon" && wait "$daemon" || true; fi
+  if [[ -n $daemon ]]; then
+    kill "$daemon" || true
+    wait "$daemon" || true
+  fi
   rm -rf "$work"
 }
 trap finish EXIT
@@ -36,9 +39,12 @@ export PKG_CONFIG_PATH="$libdir/pkgconfig"
 built=()
 # $1: standard. Uses find_package.
 with_cmake() {
-  cmake -S "$outside" -B "$work/cmake-$1" -DCMAKE_PREFIX_PATH="$prefix" -DCMAKE_CXX_STANDARD="$1" > "$work/log" &&
-    cmake --build "$work/cmake-$1" >> "$work/log" || fail "find_package, C++$1: $(cat "$work/log")"
-  built+=("$work/cmake-$1/outside")
+  local folder="$work/cmake-$1"
+  if ! cmake -S "$outside" -B "$folder" -DCMAKE_PREFIX_PATH="$prefix" -DCMAKE_CXX_STANDARD="$1" > "$work/log" 2>&1 ||
+    ! cmake --build "$folder" >> "$work/log" 2>&1; then
+    fail "find_package, C++$1: $(cat "$work/log")"
+  fi
+  built+=("$folder/outside")
 }
 # $1: compiler, $2: standard. Uses pkg-config, and takes no warning from the headers.
 with_pkg_config() {
