@@ -20,7 +20,7 @@ judge_linked() {
   grep -qE 'GNU_STACK .* RW  ' <<< "$segments" || complain "$1: the stack is executable (-z noexecstack)"
   grep -q '__stack_chk_fail' <<< "$names" || complain "$1: no stack protector (-fstack-protector-strong)"
   grep -qE '_chk(@|$)' <<< "$names" || complain "$1: no checked functions (-D_FORTIFY_SOURCE)"
-  [[ $1 == *.so ]] || grep -qE 'FLAGS_1.* PIE' <<< "$dynamic" || complain "$1: its address is fixed (-pie)"
+  [[ ${1##*/} == *.so* ]] || grep -qE 'FLAGS_1.* PIE' <<< "$dynamic" || complain "$1: its address is fixed (-pie)"
   ldd --unused "$1" > /dev/null || complain "$1: needs a library that it does not use (--as-needed)"
 }
 

@@ -67,8 +67,10 @@ daemon=$!
 for program in "${built[@]}"; do
   "$program" "$work/nobody.sock" nobody || fail "$program: without a daemon"
 done
-until "$prefix/bin/refitctl" --socket "$socket" status > /dev/null 2>&1; do
-  kill -0 "$daemon" || fail "the installed refitd ended: $(cat "$work/refitd.log")"
+until "$prefix/bin/refitctl" --socket "$socket" status > /dev/null 2> "$work/refitctl.log"; do
+  if ! kill -0 "$daemon" || [[ $SECONDS -gt 240 ]]; then
+    fail "the installed refitd does not answer: $(cat "$work/refitd.log" "$work/refitctl.log")"
+  fi
 done
 for program in "${built[@]}"; do
   "$program" "$socket" || fail "$program: with a daemon"
