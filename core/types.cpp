@@ -46,7 +46,7 @@ std::string TransactionId::to_string() const {
 std::string Digest::to_hex() const {
   constexpr char kDigits[] = "0123456789abcdef";
   std::string text;
-  text.reserve(2U * length);
+  text.reserve(std::size_t{2} * length);
   for (std::size_t i = 0; i < length && i < bytes.size(); ++i) {
     text += kDigits[bytes[i] >> 4];
     text += kDigits[bytes[i] & 15];

@@ -38,7 +38,7 @@ bool stderr_is_the_journal() {
 }
 
 bool send_to_journal(const EventClass& event, const std::string& message, const LogFields& fields,
-                     const std::source_location& where) {
+                     const std::experimental::source_location& where) {
   std::vector<std::string> entry{
       "MESSAGE=" + message,
       std::string("MESSAGE_ID=") + event.id,
@@ -62,7 +62,7 @@ bool send_to_journal(const EventClass& event, const std::string& message, const 
 }  // namespace
 
 void log(LogEvent event, const std::string& message, const LogFields& fields,
-         std::source_location where) noexcept {
+         std::experimental::source_location where) noexcept {
   const EventClass& kind = kEvents[static_cast<std::size_t>(event)];
   if (stderr_is_the_journal() && send_to_journal(kind, message, fields, where)) return;
   // The prefix is for whoever collects the lines; a person at a terminal needs none.

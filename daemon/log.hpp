@@ -9,8 +9,8 @@
 #include <sys/types.h>
 
 #include <cstdint>
+#include <experimental/source_location>  // clang 14 finds no std::source_location in libstdc++ 12
 #include <optional>
-#include <source_location>
 #include <string>
 
 #include "refit/result.hpp"
@@ -52,6 +52,7 @@ struct LogFields {
 
 /// `message` is whole by itself: nobody need look at fields to understand it.
 void log(LogEvent event, const std::string& message, const LogFields& fields = {},
-         std::source_location where = std::source_location::current()) noexcept;
+         std::experimental::source_location where =
+             std::experimental::source_location::current()) noexcept;
 
 }  // namespace refit::daemon

@@ -16,7 +16,6 @@
 
 namespace {
 
-using refit::ctl::Answer;
 using refit::ctl::ExitCode;
 using refit::ctl::Failure;
 using refit::ctl::Information;

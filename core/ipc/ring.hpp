@@ -83,6 +83,7 @@ class RingConsumer {
       __atomic_load(reinterpret_cast<const std::uint64_t*>(shared + i * sizeof words[0]), &words[i],
                     __ATOMIC_RELAXED);
     }
+    // cppcheck-suppress uninitvar  // it does not know that __atomic_load writes
     std::memcpy(&out, words, sizeof out);
   }
 

@@ -39,14 +39,12 @@ void* reserve_aligned(std::size_t bytes) noexcept {
   void* base =
       ::mmap(nullptr, padded, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (base == MAP_FAILED) return nullptr;
-  const auto start = reinterpret_cast<std::uintptr_t>(base);
-  const std::uintptr_t aligned =
-      (start + kHugePageBytes - 1) & ~(std::uintptr_t{kHugePageBytes} - 1);
-  if (aligned > start) ::munmap(base, aligned - start);
-  const std::uintptr_t end = start + padded;
-  if (end > aligned + bytes)
-    ::munmap(reinterpret_cast<void*>(aligned + bytes), end - aligned - bytes);
-  return reinterpret_cast<void*>(aligned);
+  auto* const first = static_cast<std::byte*>(base);
+  const std::size_t beyond = reinterpret_cast<std::uintptr_t>(base) % kHugePageBytes;
+  const std::size_t lead = beyond == 0 ? 0 : kHugePageBytes - beyond;
+  if (lead > 0) ::munmap(first, lead);
+  ::munmap(first + lead + bytes, kHugePageBytes - lead);
+  return first + lead;
 }
 
 }  // namespace

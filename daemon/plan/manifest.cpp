@@ -360,8 +360,8 @@ void check_pools(const std::vector<RegionInfo>& regions, std::vector<std::string
 }  // namespace
 
 Result<std::shared_ptr<const Manifest>> Manifest::validate(
-    std::string label, Role role, std::vector<TensorSpec> tensors, std::vector<RegionInfo> regions,
-    std::vector<NameRule> name_map, const ManifestLimits& limits,
+    const std::string& label, Role role, std::vector<TensorSpec> tensors,
+    std::vector<RegionInfo> regions, std::vector<NameRule> name_map, const ManifestLimits& limits,
     std::vector<std::uint64_t> layer_buffers) {
   std::vector<std::string> problems;
   const auto refuse = [&]() {

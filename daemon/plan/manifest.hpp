@@ -63,7 +63,7 @@ class Manifest {
   ///
   /// @param label  who registers, for messages: "engine/module" or "trainer/module".
   static Result<std::shared_ptr<const Manifest>> validate(
-      std::string label, Role role, std::vector<TensorSpec> tensors,
+      const std::string& label, Role role, std::vector<TensorSpec> tensors,
       std::vector<RegionInfo> regions, std::vector<NameRule> name_map,
       const ManifestLimits& limits = {}, std::vector<std::uint64_t> layer_buffers = {});
 

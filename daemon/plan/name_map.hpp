@@ -25,7 +25,7 @@ namespace refit::daemon {
 class NameMap {
  public:
   /// RE2's budget for one pattern: program and cache. Real rules need a few KiB.
-  static constexpr std::int64_t kProgramBytesMax = 128 * 1024;
+  static constexpr std::int64_t kProgramBytesMax = std::int64_t{128} * 1024;
 
   /// Where a name goes.
   struct Mapped {

@@ -33,7 +33,7 @@ class Replies {
 
  private:
   void deliver(Session& session, std::uint64_t request_id);
-  flatbuffers::FlatBufferBuilder builder_{16 * 1024};
+  flatbuffers::FlatBufferBuilder builder_{std::size_t{16} * 1024};
 };
 
 }  // namespace refit::daemon
