@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Goal: no lint is green because it looks at nothing.
+# Method: in a copy of the tree that passes, plants one fault for each rule and expects the complaint that names it.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+tar -C "$root" --exclude=./build --exclude=./.git --exclude=./shared -cf - . | tar -C "$work" -xf -
+cd "$work"
+fail() { echo "lint_test: $*" >&2; exit 1; }
+
+# $1: the command; $2: words of the complaint; $3: a file to write, from stdin; it is taken away afterwards.
+expect_red() {
+  local said
+  mkdir -p "$(dirname "$3")"
+  cat > "$3"
+  if said=$($1 2>&1); then fail "$1 passes with a fault in $3"; fi
+  [[ $said == *"$2"* ]] || fail "$1 fails with $3, but does not say \"$2\": $said"
+  rm "$3"
+}
+
+scripts/lint || fail "the tree does not pass before a fault is planted"
+# The tree's own sources would only take time from here on; one stays, so that no rule is left without a file.
+find core client daemon tests bench examples -name '*.[ch]pp' ! -path core/result.cpp -delete
+scripts/lint || fail "the emptied tree does not pass before a fault is planted"
+
+for kind in cpp sh py; do
+  expect_red scripts/lint "no CMake target names tests/unit/planted_test.$kind" "tests/unit/planted_test.$kind" < /dev/null
+done
+# A test of the same name in another folder does not count.
+expect_red scripts/lint "no CMake target names tests/unit/planted/demo_test.sh" tests/unit/planted/demo_test.sh < /dev/null
+expect_red scripts/lint "the daemon is included from outside" client/src/planted.cpp <<< '#include "server/server.hpp"'
+expect_red scripts/lint "core or daemon includes the client" core/planted.cpp <<< '#include "refit/trainer.hpp"'
+expect_red scripts/lint "formatting differs" core/planted.cpp <<< 'int  planted( );'
+expect_red scripts/lint "SC2086" scripts/planted <<< $'#!/usr/bin/env bash\nls $1'
+expect_red scripts/lint "undefined name 'planted'" scripts/planted <<< $'#!/usr/bin/env python3\nprint(planted)'
+expect_red scripts/lint "invalid syntax" tests/support/planted.py <<< 'def planted(:'
+
+# The analysers get small files: a compile command for each, and the header that stands for a finished build.
+mkdir -p build/release/schema
+touch build/release/schema/refit_generated.h
+analyse="scripts/analyse core/planted.cpp"
+echo "[{\"directory\": \"$work\", \"command\": \"g++ -std=c++20 -c core/planted.cpp\", \"file\": \"core/planted.cpp\"}]" \
+  > build/release/compile_commands.json
+clean='int planted(int count) { return count + 1; }'
+echo "$clean" > core/planted.cpp
+$analyse || fail "$analyse does not pass without a fault"
+expect_red "$analyse" bugprone-sizeof-expression core/planted.cpp \
+  <<< 'unsigned long planted(int* values) { return sizeof(sizeof(values)); }'
+expect_red "$analyse" performance-unnecessary-value-param core/planted.cpp \
+  <<< $'#include <string>\nunsigned long planted(const std::string text) { return text.size(); }'
+expect_red "$analyse" concurrency-thread-canceltype-asynchronous core/planted.cpp \
+  <<< $'#include <pthread.h>\nvoid planted(int* old) { pthread_setcanceltype(PTHREAD_CANCEL_ASYNCHRONOUS, old); }'
+expect_red "$analyse" misc-unused-parameters core/planted.cpp <<< 'int planted(int count) { return 1; }'
+expect_red "$analyse" cppcoreguidelines-init-variables core/planted.cpp \
+  <<< 'int planted(bool yes) { int count; if (yes) count = 1; else count = 2; return count; }'
+expect_red "$analyse" '[nullPointer]' core/planted.cpp \
+  <<< 'int planted(bool yes) { const int* count = nullptr; if (yes) return 0; return *count; }'
+echo "lint_test: every lint was seen red"
