@@ -392,7 +392,7 @@ TEST_F(Protocol, UnknownOpcodeEndsTheSession) {
 TEST_F(Protocol, MessageThatDoesNotVerifyEndsTheSession) {
   std::mt19937 random(11);
   const Bytes honest = refit_message(TransactionId::random(), {{"bystander", "bystander", "m"}});
-  for (unsigned opcode = 1; opcode <= 9; ++opcode) {
+  for (unsigned opcode = 1; opcode <= 11; ++opcode) {
     for (const Bytes& payload :
          {Bytes{}, Bytes{1, 2, 3}, Bytes(16, 0xff), Bytes(honest.begin(), honest.begin() + 9)}) {
       RawClient sut = join();
