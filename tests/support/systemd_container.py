@@ -4,6 +4,7 @@ The root is made by debootstrap from the mirror that this machine's apt uses, on
 container gets an overlay of it that is gone with the process. Needs root. Knows nothing of refit.
 """
 
+import contextlib
 import ctypes
 import fcntl
 import hashlib
@@ -18,7 +19,7 @@ import time
 
 PACKAGES = ("systemd", "systemd-sysv", "dbus", "libpam-systemd")
 BOOT_S = 60
-HALT_S = 20
+CGROUP_S = 5
 CLONE_NEWNS = 0x20000
 LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -119,14 +120,25 @@ def enter_own_cgroups(name):
     return folders
 
 
+def remove_cgroup(folder):
+    """The kernel lets the last process go a moment after its end; what then is left is left, and empty."""
+    deadline = time.monotonic() + CGROUP_S
+    while os.path.isdir(folder) and time.monotonic() < deadline:
+        for path, _, _ in os.walk(folder, topdown=False):
+            with contextlib.suppress(OSError):
+                os.rmdir(path)
+        time.sleep(0.05)
+
+
 class Container:
-    """A booted Debian. `overlay(root)` first, install into the result, then `boot`."""
+    """A booted Debian. `overlay(root)` first, install into the result and `borrow`, then `boot`."""
 
     def __init__(self):
         self.name = f"refit-test-{os.getpid()}"
         self.process = None
         self.leader = None
         self.cgroups = []
+        self.binds = {}
 
     def overlay(self, root):
         """A writable view of `root` in memory."""
@@ -139,15 +151,28 @@ class Container:
              f"lowerdir={root},upperdir={self.work}/upper,workdir={self.work}/work"])
         return self.root
 
-    def boot(self, read_only=()):
-        """`read_only`: files or folders of this machine to show at the same path inside."""
+    def borrow(self, libraries, folder):
+        """Shows libraries of this machine in `folder`, for LD_LIBRARY_PATH: those that the root has not got itself.
+
+        Whole folders are mounted and single files linked, because a service's sandbox goes through every mount."""
+        os.makedirs(self.root + folder)
+        for path in libraries:
+            if os.path.exists(self.root + path):
+                continue
+            real = os.path.realpath(path)
+            source = os.path.dirname(real)
+            target = self.binds.setdefault(source, f"{folder}/host-{len(self.binds)}")
+            os.symlink(os.path.join(target, os.path.basename(real)),
+                       os.path.join(self.root + folder, os.path.basename(path)))
+
+    def boot(self):
         command = ["systemd-nspawn", "--quiet", "--directory", self.root, "--machine", self.name, "--boot",
                    "--register=no", "--private-network", "--console=pipe", "--resolv-conf=off", "--timezone=off",
                    "--link-journal=no"]
         if not os.path.isdir("/run/systemd/system"):
             command.append("--keep-unit")
             self.cgroups = enter_own_cgroups(self.name)
-        command += [f"--bind-ro={path}" for path in read_only]
+        command += [f"--bind-ro={source}:{target}" for source, target in self.binds.items()]
         self.log = os.path.join(self.work, "console")
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
@@ -183,22 +208,18 @@ class Container:
         return run(self.inside(command, **who), stdin=subprocess.DEVNULL)
 
     def close(self):
+        """There is nothing in it to save: its first process dies, and the kernel ends all others with it."""
         if self.process is not None and self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-            try:
-                self.process.wait(timeout=HALT_S)
-            except subprocess.TimeoutExpired:
+            if self.leader is not None:
+                os.kill(self.leader, signal.SIGKILL)
+            else:
                 self.process.kill()
-                self.process.wait()
+            self.process.wait()
         for folder in self.cgroups:
             parent = os.path.dirname(folder)
             with open(os.path.join(parent, "cgroup.procs"), "w") as processes:
                 processes.write("0")
-            for path, _, _ in os.walk(folder, topdown=False):
-                try:
-                    os.rmdir(path)
-                except OSError:
-                    pass  # the kernel has not yet let the last process go: an empty folder is left
+            remove_cgroup(folder)
         if hasattr(self, "work"):
             subprocess.run(["umount", "--recursive", "--lazy", self.work], check=False)
             os.rmdir(self.work)

@@ -30,6 +30,7 @@ from systemd_container import (  # noqa: E402
 REPLY_S = 60
 WAIT_S = 60
 TEST_PROGRAMS = "/usr/local/libexec/refit-test"
+LIBRARIES = f"{TEST_PROGRAMS}/lib"
 
 
 def message_ids():
@@ -63,7 +64,8 @@ class Peer:
         self.name = f"{program} of {user}"
         self.errors = tempfile.TemporaryFile()
         command = container.inside([f"{TEST_PROGRAMS}/{program}", "--model", "tiny", *arguments], user=user,
-                                   environment={"OMP_NUM_THREADS": "1", **(environment or {})})
+                                   environment={"LD_LIBRARY_PATH": LIBRARIES, "OMP_NUM_THREADS": "1",
+                                                **(environment or {})})
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors)
         self.events = queue.Queue()
         self.kept = []
@@ -178,6 +180,9 @@ class SystemdTest:
         run_inside(["journalctl", "--update-catalog"])
         run_inside(["ldconfig"])
         run_inside(["systemctl", "daemon-reload"])
+        paths = run_inside(["systemctl", "show", "--value", "--property=FragmentPath", "refitd.socket", "refitd.service"])
+        complaints = run_inside(["systemd-analyze", "verify", "--man=no", *paths.split()])
+        expect(not complaints, f"systemd complains of the units: {complaints}")
         run_inside(["systemctl", "enable", "--now", "refitd.socket"])
         for user in ("trainer", "engine"):
             run_inside(["useradd", "--create-home", "--groups", "refit", user])
@@ -250,7 +255,8 @@ class SystemdTest:
 
     def journal_fields(self):
         """An engine whose name is taken is refused; the journal says who it was without reading the text."""
-        refused = self.container.try_run([f"{TEST_PROGRAMS}/dit_engine", "--model", "tiny"], user="engine")
+        refused = self.container.try_run([f"{TEST_PROGRAMS}/dit_engine", "--model", "tiny"], user="engine",
+                                         environment={"LD_LIBRARY_PATH": LIBRARIES})
         expect(refused.returncode != 0, "two engines of one name and user were let in")
         user = self.container.run(["id", "--user", "engine"]).strip()
         entry = self.entry(MESSAGE_IDS["client_refused"])
@@ -269,11 +275,31 @@ class SystemdTest:
         """The newest entry of an event. The journal is written a moment after the event."""
         return eventually(lambda: self.service.journal(f"MESSAGE_ID={message_id}"), f"a journal entry {message_id}")[-1]
 
+    def user_service(self):
+        """The user unit: another daemon, for one uid, that does not meet the system's."""
+        user = self.container.run(["id", "--user", "engine"]).strip()
+        self.service.systemctl("start", f"user@{user}.service")
+        environment = {"XDG_RUNTIME_DIR": f"/run/user/{user}"}
+        self.container.run(["systemctl", "--user", "enable", "--now", "refitd.socket"], user="engine",
+                           environment=environment)
+        mode = self.container.run(["stat", "--format=%a %U", f"/run/user/{user}/refit/refitd.sock"]).strip()
+        expect(mode == "600 engine", f"the user's socket is {mode}")
+        with contextlib.closing(Peer(self.container, "dit_engine", "engine", environment=environment)) as engine, \
+             contextlib.closing(Peer(self.container, "dit_trainer", "engine", environment=environment)) as trainer:
+            trainer.ask("refit")
+            expect(trainer.ask("forward")["sha256"] == engine.ask("forward")["sha256"], "the outputs differ")
+        state = self.container.run(["systemctl", "--user", "is-active", "refitd.service"], user="engine",
+                                   environment=environment).strip()
+        expect(state == "active", f"the user's daemon is {state}")
+        self.refit()
+        self.saw("a user's own daemon serves that user; it and the system's do not meet")
+
     def run(self):
         self.stranger_is_refused()
         self.first_refit("engine", "engine")
         self.sandbox_holds()
         self.journal_fields()
+        self.user_service()
         self.trainer.close()
         self.engine.close()
         self.readiness()
@@ -296,8 +322,8 @@ def main():
         container.overlay(root)
         test.install(programs)
         # libtorch is a gigabyte of packages: its files are shown, not installed.
-        borrowed = [path for path in libraries_of(programs) if not os.path.exists(container.root + path)]
-        container.boot(read_only=borrowed)
+        container.borrow(libraries_of(programs), LIBRARIES)
+        container.boot()
         test.enable()
         test.run()
     except Failure as failure:
