@@ -9,13 +9,14 @@
 #include <cstdint>
 #include <memory>
 
+#include "refit/api.hpp"
 #include "refit/memory.hpp"
 #include "refit/result.hpp"
 
 namespace refit {
 
-class Residency {
-  class State;
+class REFIT_API Residency {
+  class REFIT_LOCAL State;
 
  public:
   Residency();
