@@ -350,7 +350,7 @@ void check_pools(const std::vector<RegionInfo>& regions, std::vector<std::string
       const bool same =
           regions[i].device == regions[k].device && regions[i].inode == regions[k].inode;
       // Of two pools the pair is named once.
-      if (i == k || !same || (regions[k].pool && k < i)) continue;
+      if (i == k || !same || (k < i && regions[k].pool)) continue;
       problems.push_back("manifest: region " + number(i) + ", a pool, and region " + number(k) +
                          " are the same memory");
     }

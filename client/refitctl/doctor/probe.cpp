@@ -185,7 +185,7 @@ void probe_cgroup(LimitFacts& limits) {
       limits.cgroup_used_bytes = read_number(folder + "/memory.current");
     }
     if (path == "/" || path.empty()) return;
-    path = path.substr(0, path.rfind('/'));
+    path.resize(std::min(path.rfind('/'), path.size()));
     if (path.empty()) path = "/";
   }
 }
