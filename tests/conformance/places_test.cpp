@@ -233,6 +233,31 @@ TEST_F(Places, PrefetchGoesOnAfterARefitThatWasCalledOff) {
   EXPECT_TRUE(target_.resident(3));
 }
 
+// Goal: a new daemon is told where the layers are. Method: two modules with layers, so that each
+// has its own words; layers move while nobody serves.
+TEST_F(Places, OutliveTheDaemon) {
+  Engine sut = make_offloaded(target_);
+  OffloadedModel other("refiner", kLayers, 4);
+  must(sut.register_module(other.spec(), soon()));
+  target_.fetch(0);
+  other.fetch(1);
+  for (std::uint64_t life = 1; life <= 3; ++life) {
+    Trainer trainer = make_trainer(*source_);
+    auto source = model_of(layered_tensors(kLayers), 40 + life, "refiner");
+    must(trainer.register_module(source->spec(), soon()));
+    source_->fill(50 + life);
+    must(trainer.refit_all({kWhole, {"flux", "refiner"}}, soon()));
+    must(sut.poll(soon()));
+    EXPECT_TRUE(target_.holds_exactly(*source_)) << "life " << life;
+    EXPECT_TRUE(other.holds_exactly(*source)) << "life " << life;
+    daemon_->kill_now();
+    target_.fetch(life);
+    other.drop(life);
+    start();
+    must(sut.reconnect(soon()));
+  }
+}
+
 // ---- an engine that says what no library would
 
 class RawPlaces : public Places {
