@@ -77,6 +77,7 @@ Outcome<Answer> show_digest(const Options& options, const Style& style) {
   request.kind = options.kind.value_or(DigestKind::sglang);
   request.selection = options.tensors;
   request.per_module = options.module;
+  request.place = options.place;
 
   const Deadline deadline = deadline_of(options);
   Outcome<Observer> observer = connect(options, deadline);
@@ -90,7 +91,7 @@ Outcome<Answer> show_digest(const Options& options, const Style& style) {
   if (!options.json) {
     return Answer{digest_text(target, request.kind, *report, elapsed_us, style), exit};
   }
-  Result<std::string> json = digest_json(target, request.kind, *report);
+  Result<std::string> json = digest_json(target, request.kind, *report, request.place);
   if (!json) return failed(options, std::move(json).error(), Stage::ask);
   return Answer{std::move(*json), exit};
 }
@@ -128,7 +129,8 @@ Result<CheckPlan> plan_check(const Options& options) {
                     "ENGINE/MODULE " +
                     options.manifest_path + "`");
   }
-  return CheckPlan{{target->engine, target->module, kind, std::move(file.expected)}, file.module};
+  return CheckPlan{{target->engine, target->module, kind, std::move(file.expected), options.place},
+                   file.module};
 }
 
 Outcome<Answer> show_check(const Options& options, const Style& style) {
@@ -146,6 +148,7 @@ Outcome<Answer> show_check(const Options& options, const Style& style) {
   CheckResult result;
   result.target = {request.engine, request.module};
   result.kind = request.kind;
+  result.place = request.place;
   result.expected = request.expected.size();
   result.report = std::move(*report);
 

@@ -39,8 +39,9 @@ class Parser {
 
  private:
   void parse_target_form(const Json& root, const Json& tensors) {
-    constexpr std::array<std::string_view, 7> kKeys{"engine",        "module", "kind",   "tensors",
-                                                    "module_digest", "state",  "version"};
+    constexpr std::array<std::string_view, 9> kKeys{"engine",  "module",        "kind",
+                                                    "tensors", "module_digest", "state",
+                                                    "version", "device",        "absent"};
     for (const auto& [key, value] : root.items()) {
       if (std::find(kKeys.begin(), kKeys.end(), key) == kKeys.end()) {
         problem(in_quotes(key) +

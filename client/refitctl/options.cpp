@@ -91,7 +91,7 @@ Examples:
 
 constexpr const char* kModulesFooter = R"(JSON:
   modules  [{engine, module, state, version, source, transaction, tensors, bytes, refits,
-           populated, last_refit: {wait_us, gate_us, copy_us, check_us, total_us, bytes}}]
+           populated, asleep, last_refit: {wait_us, gate_us, copy_us, check_us, total_us, bytes}}]
   source, transaction and last_refit are null before the first refit; state is initial, writing,
   committed or poisoned.
 
@@ -122,6 +122,8 @@ JSON, which `refitctl check` takes as it is:
   engine, module, kind, version, state
   tensors        {name: hex}
   module_digest  hex with --module, else null
+  device         {name: hex} of resident layers, and
+  absent         names that have no place there now: with --place device or all
 
 Examples:
   refitctl digest engine0/transformer
@@ -141,6 +143,8 @@ JSON:
   ok                   true if all below is as it should be and the module is whole
   expected, equal      how many tensors
   missing, mismatched  names, sorted and complete
+  device_mismatched    the same on the device, and
+  absent               names with no place there now: with --place device or all
   module_equal         whether the module's own digest is equal; null if the manifest has none
   tensors_live         how many tensors the module has
 
@@ -224,6 +228,7 @@ struct Raw {
   double timeout_s = 0;
   std::string target;
   std::string kind;
+  std::string place;
   std::vector<std::string> check_arguments;
   std::string watch_s;
   std::string shell;
@@ -283,6 +288,7 @@ class CommandLine {
     digest_ = command("digest", "Digests of a module's live bytes", kDigestFooter);
     add_target(digest_);
     add_kind(digest_, "Which digest (default: sglang)", "sglang|raw|xxh3");
+    add_place(digest_);
     digest_->add_option("--tensor", options_.tensors, "Only these; after the target, or repeated")
         ->type_name("NAME")
         ->check(not_empty());
@@ -298,6 +304,7 @@ class CommandLine {
     target_ = check_->add_option("--target", raw_.target, "The module, as an option")
                   ->type_name("ENGINE/MODULE");
     add_kind(check_, "Of a plain manifest (default: sglang)", "sglang|raw");
+    add_place(check_);
 
     metrics_ = command("metrics", "Counters and histograms for Prometheus", kMetricsFooter);
     textfile_ = metrics_
@@ -364,6 +371,12 @@ class CommandLine {
     sub->add_option("--kind", raw_.kind, description)->type_name(kinds)->check(not_empty());
   }
 
+  void add_place(CLI::App* sub) {
+    sub->add_option("--place", raw_.place, "Where offloaded layers are looked at (default: host)")
+        ->type_name("host|device|all")
+        ->check(not_empty());
+  }
+
   static CLI::Validator not_empty() {
     return {[](std::string& value) {
               return value.empty() ? std::string("the value is empty") : std::string();
@@ -411,6 +424,16 @@ class CommandLine {
       if (!options_.kind) {
         return Unexpected(wrong("--kind is sglang, raw or xxh3, and not \"" + raw_.kind + "\""));
       }
+    }
+
+    if (!raw_.place.empty()) {
+      const auto places = {Place::host, Place::device, Place::all};
+      const auto* place = std::find_if(places.begin(), places.end(),
+                                       [&](Place one) { return place_name(one) == raw_.place; });
+      if (place == places.end()) {
+        return Unexpected(wrong("--place is host, device or all, and not \"" + raw_.place + "\""));
+      }
+      options_.place = *place;
     }
 
     options_.command = status_->parsed()     ? Command::status

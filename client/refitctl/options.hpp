@@ -26,6 +26,7 @@ struct Options {
   std::optional<Target> target;            ///< of tensors and digest; of check if it was given
   std::optional<DigestKind> kind;          ///< nothing if it was not given
   std::vector<std::string> tensors;        ///< digest: empty means all
+  Place place = Place::host;               ///< digest and check: where bytes are looked at
   bool module = false;                     ///< digest: also the module's own
   std::string manifest_path;               ///< check: "-" is standard input
   std::optional<double> watch_interval_s;  ///< status: nothing to look once

@@ -40,6 +40,7 @@ Json module_object(const ModuleStatus& module) {
       {"bytes", module.bytes},
       {"refits", module.refits},
       {"populated", module.populated},
+      {"asleep", module.asleep},
       {"last_refit", Json()}};
   if (module.refits > 0) {
     json["last_refit"] = {{"wait_us", microseconds(module.last.wait_us)},
@@ -134,12 +135,21 @@ std::string tensors_json(const Target& target, const std::vector<TensorSpec>& te
   return dump({{"engine", target.engine}, {"module", target.module}, {"tensors", list}});
 }
 
-Result<std::string> digest_json(const Target& target, DigestKind kind, const DigestReport& report) {
+Result<std::string> digest_json(const Target& target, DigestKind kind, const DigestReport& report,
+                                Place place) {
   Json tensors = Json::object();
+  Json device = Json::object();
   std::vector<std::string> unprintable;
   for (const auto& [name, digest] : report.tensors) {
     if (!is_utf8(name)) unprintable.push_back("tensor \"" + name + "\"");
     tensors[name] = digest.to_hex();
+  }
+  for (const auto& [name, digest] : report.device) {
+    if (!is_utf8(name)) unprintable.push_back("tensor \"" + name + "\" on the device");
+    device[name] = digest.to_hex();
+  }
+  for (const std::string& name : report.absent) {
+    if (!is_utf8(name)) unprintable.push_back("absent tensor \"" + name + "\"");
   }
   if (!unprintable.empty()) {
     return fail(Errc::bad_manifest,
@@ -147,17 +157,22 @@ Result<std::string> digest_json(const Target& target, DigestKind kind, const Dig
                     " are not UTF-8, so JSON cannot carry them; without --json they are shown",
                 std::move(unprintable));
   }
-  return dump({{"engine", target.engine},
+  Json json = {{"engine", target.engine},
                {"module", target.module},
                {"kind", digest_kind_name(kind)},
                {"version", report.version},
                {"state", module_state_name(report.state)},
                {"module_digest", report.module.length == 0 ? Json() : Json(report.module.to_hex())},
-               {"tensors", tensors}});
+               {"tensors", tensors}};
+  if (place != Place::host) {
+    json["device"] = device;
+    json["absent"] = report.absent;
+  }
+  return dump(json);
 }
 
 std::string check_json(const CheckResult& result) {
-  return dump({{"engine", result.target.engine},
+  Json json = {{"engine", result.target.engine},
                {"module", result.target.module},
                {"kind", digest_kind_name(result.kind)},
                {"ok", result.ok()},
@@ -168,7 +183,12 @@ std::string check_json(const CheckResult& result) {
                {"module_equal", result.module_equal ? Json(*result.module_equal) : Json()},
                {"tensors_live", result.tensors_live ? Json(*result.tensors_live) : Json()},
                {"state", module_state_name(result.report.state)},
-               {"version", result.report.version}});
+               {"version", result.report.version}};
+  if (result.place != Place::host) {
+    json["device_mismatched"] = result.report.device_mismatched;
+    json["absent"] = result.report.absent;
+  }
+  return dump(json);
 }
 
 }  // namespace refit::ctl

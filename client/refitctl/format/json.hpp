@@ -29,6 +29,7 @@ namespace refit::ctl {
 /// What `check` takes. Errc::bad_manifest if a name is no UTF-8: JSON cannot carry it, and a
 /// replaced name would be another tensor's.
 [[nodiscard]] Result<std::string> digest_json(const Target& target, DigestKind kind,
-                                              const DigestReport& report);
+                                              const DigestReport& report,
+                                              Place place = Place::host);
 
 }  // namespace refit::ctl

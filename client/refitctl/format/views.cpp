@@ -56,7 +56,9 @@ std::string module_table(const DaemonStatus& status, const Style& style) {
                    std::to_string(module.version), module.source,
                    short_transaction(module.transaction), std::to_string(module.refits),
                    std::to_string(module.tensors), format_bytes(module.bytes),
-                   Cell(module.populated ? "populated" : "pending")});
+                   Cell(module.asleep      ? "asleep"
+                        : module.populated ? "populated"
+                                           : "pending")});
   }
   return table.render(style, 2);
 }
@@ -249,7 +251,10 @@ std::string digest_text(const Target& target, DigestKind kind, const DigestRepor
   text += mixed_warning(report.state, style);
   Table table({{"DIGEST"}, {"TENSOR"}});
   for (const auto& [name, digest] : report.tensors) table.add_row({digest.to_hex(), name});
+  for (const auto& [name, digest] : report.device)
+    table.add_row({digest.to_hex(), name + " (device)"});
   text += table.render(style);
+  text += name_list("not on the device", report.absent, style);
   if (report.module.length != 0) text += "\nModule digest  " + report.module.to_hex() + "\n";
   return text;
 }
@@ -269,6 +274,8 @@ std::string check_text(const CheckResult& result, const Style& style) {
                                  : style.paint(Paint::bad, "the module's digest differs") + "\n";
   }
   text += name_list("mismatched", report.mismatched, style);
+  text += name_list("mismatched on the device", report.device_mismatched, style);
+  text += name_list("not on the device", report.absent, style);
   text += name_list("missing", report.missing, style);
   if (result.tensors_live && *result.tensors_live > result.expected) {
     text += plural(*result.tensors_live - result.expected, "tensor") +

@@ -213,6 +213,7 @@ TEST(Views, StatusJsonHasItsKeys) {
                          {"bytes", 2'840'000'000},
                          {"refits", 12},
                          {"populated", true},
+                         {"asleep", false},
                          {"last_refit",
                           {{"wait_us", 1.25},
                            {"gate_us", 30.5},
