@@ -25,7 +25,7 @@ class REFIT_API Residency {
   Residency& operator=(const Residency&) = delete;
 
   /// A change under way: no refit is let through while one lives, and none begins while a refit is.
-  class Move {
+  class REFIT_API Move {
    public:
     Move(Move&& other) noexcept = default;
     Move& operator=(Move&&) = delete;
