@@ -139,7 +139,9 @@ class Engine {
   void register_again() {
     const std::size_t index = kernel_.chance.below(world_.shapes.size());
     if (gate_.holding() && !gate_.withdraw()) return;
-    register_now(index, kernel_.now() + kernel_.chance.us(300, 4000));
+    // Half of them are given up before the daemon reads them, and done all the same.
+    register_now(index, kernel_.now() + (kernel_.chance.one_in(2) ? kernel_.chance.us(1, 30)
+                                                                  : kernel_.chance.us(300, 4000)));
   }
 
   /// As Engine::reconnect, but for what follows.

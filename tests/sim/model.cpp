@@ -287,6 +287,18 @@ void Model::on_step_end(Weights& weights) { weights.in_step = false; }
 
 void Model::on_posted(const TransactionId& id) {
   Transaction& transaction = transactions_.at(id);
+  for (const Target& target : transaction.targets) {
+    const auto engine = engines_.find(target.engine);
+    if (engine == engines_.end()) continue;
+    const Weights::Module& module = engine->second->modules[target.module];
+    if (module.block == nullptr) continue;
+    const ModuleReading reading = peek(*module.block);
+    if (reading.word.state == ModuleState::writing && reading.transaction == id &&
+        !engine->second->link->daemon->dying) {
+      ++counts["sent again while it is written"];
+      break;
+    }
+  }
   transaction.posted_at = kernel_.now();
   transaction.answered = false;
 }

@@ -17,9 +17,12 @@ constexpr std::uint64_t kPieceBytesMin = 32;
 constexpr std::uint64_t kLargeRunBytes = 4096;
 constexpr std::uint64_t kPiecesPerRun = 4;
 constexpr std::uint64_t kPiecesPerLargeRun = 24;
+constexpr std::uint64_t kLargePieceUsMax = 20;
 
 void copy_piece(std::byte* target, const std::byte* source, std::uint64_t bytes) {
   sim::turn();
+  auto& kernel = sim::kernel();
+  if (bytes >= kLargeRunBytes) kernel.sleep(kernel.chance.us(0, kLargePieceUsMax));
   if (sim::dying()) return;
   std::memcpy(target, source, bytes);
   sim::Model::current().on_bytes();
