@@ -41,7 +41,7 @@ Daemon::Daemon(Kernel& kernel, Waiting waiting, std::uint64_t first_link)
       copy_pool_(must(CopyPool::create(2))),
       background_(1, completions_),
       closers_(1, completions_),
-      registrar_(registry_, replies_, scheduler_, background_, closers_),
+      registrar_(registry_, replies_, scheduler_, background_, closers_, configuration_),
       refits_(registry_, scheduler_, replies_, *copy_pool_, completions_, statistics_, waiting),
       next_link_(first_link) {
   replies_.overrun = [this](daemon::Session& session) { overrun_.push_back(session.id); };
@@ -49,7 +49,7 @@ Daemon::Daemon(Kernel& kernel, Waiting waiting, std::uint64_t first_link)
     Link& link = *links_.at(session.id);
     for (auto& [ticket, fd] : link.tickets) {
       session.tickets.emplace(
-          ticket, daemon::Session::Ticket{std::move(fd), daemon::Clock::now() + seconds(5)});
+          ticket, daemon::Session::Ticket{std::move(fd), daemon::Clock::now() + seconds(5), {}});
     }
     link.tickets.clear();
   };

@@ -40,6 +40,7 @@ class Daemon {
   Kernel& kernel_;
   std::shared_ptr<Process> process_;
   Waiting waiting_;
+  const daemon::Configuration configuration_;  ///< the built-in one
   daemon::CompletionQueue completions_;
   std::unique_ptr<CopyPool> copy_pool_;
   daemon::BackgroundPool background_;
