@@ -52,7 +52,7 @@ Result<std::shared_ptr<Session>> Session::open(std::uint64_t id, UniqueFd socket
   session->id = id;
   session->role = role;
   session->name = std::move(name);
-  session->peer = peer;
+  session->peer = std::move(peer);
   session->pidfd = std::move(pidfd);
   if (daemon_waiting == Waiting::always) session->memory->response_region().daemon_awake.store(1);
 
