@@ -14,6 +14,7 @@
 #include "refitctl/format/text.hpp"
 #include "refitctl/format/views.hpp"
 #include "refitctl/manifest_file.hpp"
+#include "refitctl/reload.hpp"
 #include "refitctl/textfile.hpp"
 #include "refitctl/users.hpp"
 
@@ -231,6 +232,8 @@ Outcome<Answer> run_command(const Options& options, const Style& style) {
       return show_check(options, style);
     case Command::metrics:
       return show_metrics(options);
+    case Command::reload:
+      return reload(options, style);
     case Command::doctor:
       return show_doctor(options, style);
     case Command::drain:

@@ -65,6 +65,9 @@ std::string general_advice(const Error& error, const FailureContext& context) {
       return "the daemon is draining: try again when it is back";
     case Errc::poisoned:
       return "refit the whole module to make it whole again";
+    case Errc::bad_configuration:
+      return "the old configuration holds; `refitd --check-config FILE` looks at one without a "
+             "daemon";
     case Errc::busy:
       return "try again";
     default:

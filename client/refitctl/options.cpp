@@ -35,6 +35,7 @@ constexpr const char* kFooter = R"(Examples:
   refitctl status --json | jq '.modules[] | {engine, version, us: .last_refit.total_us}'
   refitctl metrics --textfile /var/lib/node_exporter/textfile/refit.prom
   refitctl doctor                                 what works on this host, and what to change
+  refitctl reload --wait                          take a changed refitd.toml over
   refitctl drain --wait                           finish what runs, then end
 `refitctl COMMAND --help` explains a command and the keys of its JSON.
 
@@ -50,7 +51,8 @@ Exit status:
   2  bad arguments, or a manifest that is none
   4  no permission
   5  something that this build or this machine lacks; the message names it
-  6  bad configuration: the environment names a socket that cannot be one
+  6  bad configuration: the environment names a socket that cannot be one; of reload: the file is
+     wrong
 With --json a failure is one JSON object in one line on standard error:
   {"error": {"code", "native", "exit", "message", "details", "advice"}})";
 
@@ -172,6 +174,23 @@ Examples:
   refitctl metrics
   refitctl metrics --textfile /var/lib/node_exporter/textfile/refit.prom
   refitctl metrics --json | jq '.metrics[] | select(.name == "refit_module_version")')";
+
+constexpr const char* kReloadFooter =
+    R"(The daemon reads its configuration again and checks all of it before it takes any of it over. If
+something is wrong with the file, every error is told with file and line, the exit status is 6, and
+the old configuration holds. Only root and the daemon's own user may.
+
+With --wait this returns when the new configuration is in force, or refused. Without it half a
+second is waited: usually that is enough to know; if not, the daemon's log tells the outcome.
+
+JSON:
+  done                    false if it was not waited for
+  file                    what was read
+  changed, needs_restart  keys; what needs a restart of refitd was left alone; null if not done
+
+Examples:
+  refitctl reload --wait
+  refitd --check-config /etc/refitd/refitd.toml && refitctl reload --wait)";
 
 constexpr const char* kDoctorFooter =
     R"(Tries what refits need, here and now: sealed memory, populated and huge pages, process handles;
@@ -315,6 +334,8 @@ class CommandLine {
     doctor_ = command("doctor", "What works on this host, and what to change", kDoctorFooter);
     drain_ = command("drain", "Let the daemon finish what runs, and end", kDrainFooter);
     drain_->add_flag("--wait", options_.wait, "Return when the daemon has ended");
+    reload_ = command("reload", "Let the daemon read its configuration again", kReloadFooter);
+    reload_->add_flag("--wait", options_.wait, "Return when it is in force or refused");
   }
 
   Outcome<std::variant<Options, Information>> parse(int argc, const char* const* argv) {
@@ -351,7 +372,7 @@ class CommandLine {
 
  private:
   static constexpr const char* kCommandNames =
-      "status, sessions, modules, tensors, digest, check, metrics, doctor or drain";
+      "status, sessions, modules, tensors, digest, check, metrics, doctor, drain or reload";
 
   CLI::App* command(const char* name, const char* description, const char* footer) {
     CLI::App* sub = app_.add_subcommand(name, description);
@@ -440,6 +461,7 @@ class CommandLine {
                        : sessions_->parsed() ? Command::sessions
                        : metrics_->parsed()  ? Command::metrics
                        : drain_->parsed()    ? Command::drain
+                       : reload_->parsed()   ? Command::reload
                        : doctor_->parsed()   ? Command::doctor
                        : modules_->parsed()  ? Command::modules
                        : tensors_->parsed()  ? Command::tensors
@@ -548,6 +570,7 @@ class CommandLine {
   CLI::App* metrics_ = nullptr;
   CLI::App* doctor_ = nullptr;
   CLI::App* drain_ = nullptr;
+  CLI::App* reload_ = nullptr;
 };
 
 }  // namespace

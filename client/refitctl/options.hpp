@@ -15,7 +15,18 @@
 
 namespace refit::ctl {
 
-enum class Command { status, sessions, modules, tensors, digest, check, metrics, drain, doctor };
+enum class Command {
+  status,
+  sessions,
+  modules,
+  tensors,
+  digest,
+  check,
+  metrics,
+  drain,
+  reload,
+  doctor
+};
 
 struct Options {
   Command command = Command::status;
@@ -32,7 +43,7 @@ struct Options {
   std::optional<double> watch_interval_s;  ///< status: nothing to look once
   bool names = false;                      ///< modules and tensors: only the names
   std::string textfile_path;               ///< metrics: empty means standard output
-  bool wait = false;                       ///< drain: until the daemon has ended
+  bool wait = false;                       ///< drain and reload: until it is done
 };
 
 /// Help or a version, to be printed to standard output.

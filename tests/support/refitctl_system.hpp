@@ -65,11 +65,17 @@ class Daemon {
   Daemon(const Daemon&) = delete;
   Daemon& operator=(const Daemon&) = delete;
 
-  void start(const char* program = REFITD_PATH, const std::string& point = "") {
+  void start(const char* program = REFITD_PATH, const std::string& point = "",
+             const std::vector<std::string>& more = {}) {
+    std::vector<std::string> words{program, "--socket", socket_path_};
+    words.insert(words.end(), more.begin(), more.end());
+    std::vector<char*> argv;
+    for (std::string& word : words) argv.push_back(word.data());
+    argv.push_back(nullptr);
     pid_ = ::fork();
     if (pid_ == 0) {
       if (!point.empty()) ::setenv("REFIT_POINT", point.c_str(), 1);
-      ::execl(program, program, "--socket", socket_path_.c_str(), nullptr);
+      ::execv(program, argv.data());
       ::_exit(127);
     }
     ASSERT_GT(pid_, 0);

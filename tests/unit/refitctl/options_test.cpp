@@ -137,7 +137,7 @@ TEST_F(OptionsTest, UnknownCommandIsNamedBesideTheKnownOnes) {
 
   EXPECT_EQ(sut.exit, ExitCode::bad_arguments);
   EXPECT_TRUE(contains(sut.error.message, "\"stats\"")) << sut.error.message;
-  EXPECT_TRUE(contains(sut.error.message, "metrics, doctor or drain"));
+  EXPECT_TRUE(contains(sut.error.message, "doctor, drain or reload"));
   EXPECT_TRUE(contains(failure({}).error.message, "a command is missing"));
 }
 
@@ -202,6 +202,8 @@ TEST_F(OptionsTest, OperatingCommandsTakeTheirOptions) {
   EXPECT_EQ(drain.command, Command::drain);
   EXPECT_TRUE(drain.wait);
   EXPECT_EQ(drain.timeout_s, 600);
+  EXPECT_EQ(options({"reload"}).command, Command::reload);
+  EXPECT_TRUE(options({"reload", "--wait"}).wait);
   EXPECT_TRUE(options({"modules", "--names"}).names);
   EXPECT_TRUE(options({"tensors", "e/m", "--names"}).names);
 }
