@@ -29,6 +29,13 @@ from systemd_container import (  # noqa: E402
 
 REPLY_S = 60
 WAIT_S = 60
+RESTARTS = 3
+RULE = """[[engine]]
+name = "dit"
+owner = "engine"
+allow_groups = ["refit"]
+"""
+SOCKET = "/run/refitd/refitd.sock"
 TEST_PROGRAMS = "/usr/local/libexec/refit-test"
 LIBRARIES = f"{TEST_PROGRAMS}/lib"
 
@@ -275,6 +282,138 @@ class SystemdTest:
         """The newest entry of an event. The journal is written a moment after the event."""
         return eventually(lambda: self.service.journal(f"MESSAGE_ID={message_id}"), f"a journal entry {message_id}")[-1]
 
+    def watchdog(self):
+        self.service.drop_in("WatchdogSec=2")
+        self.restart()
+        restarts = int(self.service.show("NRestarts"))
+        version = self.refit()
+        self.service.kill("STOP")
+        eventually(lambda: int(self.service.show("NRestarts")) > restarts, "the watchdog restarts a stopped daemon")
+        expect(self.refit() > version, "a version fell")
+        self.service.drop_in()
+        self.saw("the watchdog restarted a stopped daemon; the next refit worked with the same trainer and engine")
+
+    def configure(self, text):
+        folder = pathlib.Path(self.container.root, "etc/refitd")
+        folder.mkdir(exist_ok=True)
+        (folder / "refitd.toml").write_text(text)
+
+    def two_users(self):
+        """A trainer of another user is refused, until the configuration lets it in; no restart, no new session."""
+        self.service.systemctl("start", "refitd.service")
+        with contextlib.closing(Peer(self.container, "dit_trainer", "trainer")) as refused:
+            refused.send("refit")
+            told = refused.next()
+            expect(told["event"] == "error" and told["code"] == "permission", f"a trainer of another user was told {told}")
+        user = self.container.run(["id", "--user", "trainer"]).strip()
+        entry = self.entry(MESSAGE_IDS["request_denied"])
+        expect(entry["REFIT_CLIENT_UID"] == user and entry["REFIT_ERRC"] == "permission", f"the denial's fields: {entry}")
+        process = self.service.show("MainPID")
+        self.configure(RULE)
+        self.service.systemctl("reload", "refitd.service")
+        self.entry(MESSAGE_IDS["reloaded"])
+        self.trainer.close()
+        self.trainer = Peer(self.container, "dit_trainer", "trainer")
+        self.refit()
+        self.saw("a reload let a trainer of another user of the group refit the engine")
+
+        self.configure(RULE + "no_such_setting = 1\n")
+        done = self.container.try_run(["systemctl", "reload", "refitd.service"])
+        expect(done.returncode != 0, "a reload of a file with an error succeeded")
+        entry = self.entry(MESSAGE_IDS["reload_refused"])
+        expect("no_such_setting" in entry["MESSAGE"] and "refitd.toml:" in entry["MESSAGE"], f"the refusal says {entry}")
+        self.refit()
+        self.configure(RULE)
+        expect(self.service.state() == "active" and self.service.show("MainPID") == process,
+               "a reload changed the daemon")
+        self.saw("a reload of a file with an error fails and names it; the old configuration holds, the unit is active")
+
+    def restart(self):
+        self.service.systemctl("restart", "refitd.service")
+
+    def sudden_death(self):
+        version = self.refit()
+        restarts = int(self.service.show("NRestarts"))
+        self.trainer.ask("step")
+        start = time.monotonic()
+        self.service.kill("KILL")
+        report = self.trainer.ask("refit")
+        took_ms = (time.monotonic() - start) * 1000
+        expect(report["version"] > version, "a version fell")
+        eventually(lambda: int(self.service.show("NRestarts")) > restarts, "the daemon was killed and restarted")
+        self.saw(f"a killed daemon was back and had made the next refit {took_ms:.0f} ms after the kill was asked for")
+
+    def restarts_lose_nothing(self):
+        """A trainer that refits in a loop, and a daemon that is restarted under it."""
+        versions = []
+        stop = threading.Event()
+        broken = []
+
+        def train():
+            try:
+                while not stop.is_set():
+                    self.trainer.ask("step")
+                    versions.append(self.trainer.ask("refit")["version"])
+            except Failure as failure:
+                broken.append(failure)
+
+        self.engine.ask("run", "running")
+        loop = threading.Thread(target=train)
+        loop.start()
+        try:
+            for _ in range(RESTARTS):
+                count = len(versions)
+                eventually(lambda: broken or len(versions) >= count + 3, "the trainer refits")
+                self.restart()
+            count = len(versions)
+            eventually(lambda: broken or len(versions) >= count + 3, "the trainer refits after the last restart")
+        finally:
+            stop.set()
+            loop.join()
+        if broken:
+            raise broken[0]
+        self.engine.ask("pause", "paused")
+        expect(all(a < b for a, b in zip(versions, versions[1:])), f"versions fell: {versions}")
+        seen = self.engine.versions()
+        expect(all(a <= b for a, b in zip(seen, seen[1:])), f"versions fell in the engine: {seen}")
+        lost = set(versions) - set(seen)
+        expect(not lost, f"committed, but never seen by the engine: {sorted(lost)} of {versions}; it saw {seen}")
+        self.refit()
+        self.saw(f"{RESTARTS} restarts under a looping trainer: {len(versions)} versions, none fell, none was lost")
+
+    def wait_for_refit(self):
+        """Until the daemon has a refit under way."""
+        def under_way():
+            # As its own user: another one sees that the session is there, and no more.
+            sessions = json.loads(self.container.run(["refitctl", "sessions", "--json"], user="trainer"))["sessions"]
+            return any(session["role"] == "trainer" and session["in_flight"] > 0 for session in sessions)
+
+        eventually(under_way, "the daemon has taken the refit")
+
+    def drain(self):
+        """A stop while an engine is in its step: the refit that waits for it is let through first."""
+        self.trainer.ask("step")
+        self.container.run(["sh", "-c", f"kill -STOP {self.engine.pid}"])
+        try:
+            self.trainer.send("refit")
+            self.wait_for_refit()
+            self.service.systemctl("stop", "--no-block", "refitd.socket", "refitd.service")
+            eventually(lambda: self.service.state() == "deactivating", "the daemon drains")
+            self.entry(MESSAGE_IDS["draining"])
+            expect(self.service.state() == "deactivating", "the daemon ended before the refit did")
+        finally:
+            self.container.run(["sh", "-c", f"kill -CONT {self.engine.pid}"])
+        self.trainer.expect("refit")
+        ours, theirs = self.trainer.ask("forward"), self.engine.ask("forward")
+        expect(ours["sha256"] == theirs["sha256"], "the drained refit left other weights")
+        eventually(lambda: self.service.state() == "inactive", "the daemon ends")
+        expect(self.service.show("Result") == "success" and self.service.show("ExecMainStatus") == "0",
+               f"it ended with {self.service.show('Result')}, {self.service.show('ExecMainStatus')}")
+        self.entry(MESSAGE_IDS["stopped"])
+        self.service.systemctl("start", "refitd.socket")
+        self.refit()
+        self.saw("a stop let the running refit finish, then the daemon ended with success")
+
     def user_service(self):
         """The user unit: another daemon, for one uid, that does not meet the system's."""
         user = self.container.run(["id", "--user", "engine"]).strip()
@@ -284,6 +423,11 @@ class SystemdTest:
                            environment=environment)
         mode = self.container.run(["stat", "--format=%a %U", f"/run/user/{user}/refit/refitd.sock"]).strip()
         expect(mode == "600 engine", f"the user's socket is {mode}")
+        with contextlib.closing(Peer(self.container, "dit_trainer", "engine", environment=environment)) as trainer:
+            trainer.send("refit")
+            told = trainer.next()
+            expect(told["event"] == "error" and told["code"] == "no_such_engine" and SOCKET in str(told["details"]),
+                   f"a trainer that names an engine of the system's daemon was told {told}")
         with contextlib.closing(Peer(self.container, "dit_engine", "engine", environment=environment)) as engine, \
              contextlib.closing(Peer(self.container, "dit_trainer", "engine", environment=environment)) as trainer:
             trainer.ask("refit")
@@ -292,13 +436,18 @@ class SystemdTest:
                                    environment=environment).strip()
         expect(state == "active", f"the user's daemon is {state}")
         self.refit()
-        self.saw("a user's own daemon serves that user; it and the system's do not meet")
+        self.saw("a user's own daemon serves that user; it and the system's do not meet, and say where to look")
 
     def run(self):
         self.stranger_is_refused()
         self.first_refit("engine", "engine")
         self.sandbox_holds()
         self.journal_fields()
+        self.two_users()
+        self.sudden_death()
+        self.watchdog()
+        self.restarts_lose_nothing()
+        self.drain()
         self.user_service()
         self.trainer.close()
         self.engine.close()
