@@ -209,8 +209,9 @@ class RefitctlSystem : public testing::Test {
       REFIT_TRY(
           spec.add(names[i], DType::uint8, {8, 8}, *memory, (*memory)->data() + i * kTensorBytes));
     }
-    REFIT_TRY_ASSIGN(Trainer trainer,
-                     Trainer::connect("trainer0", {socket_path_, Waiting::off}, soon()));
+    REFIT_TRY_ASSIGN(
+        Trainer trainer,
+        Trainer::connect("trainer0", {socket_path_, Waiting::off, /*reconnect=*/false}, soon()));
     REFIT_TRY(trainer.register_module(spec, soon()));
     trainer_.emplace(std::move(trainer));
     engine_->bind_to_this_thread();
