@@ -55,6 +55,7 @@ bool send_to_journal(const EventClass& event, const std::string& message, const 
   if (fields.errc != Errc::ok) entry.push_back("REFIT_ERRC=" + std::string(errc_name(fields.errc)));
   if (fields.native != 0) entry.push_back("ERRNO=" + std::to_string(fields.native));
   std::vector<iovec> parts;
+  parts.reserve(entry.size());
   for (std::string& field : entry) parts.push_back({field.data(), field.size()});
   return ::sd_journal_sendv(parts.data(), static_cast<int>(parts.size())) == 0;
 }

@@ -355,8 +355,11 @@ class Engine::Impl final : public BoundEngine {
       wait_for(fds_, Clock::time_point::max(), patience);
       step = back_.step();
     }
-    if (!step) failure_ = std::move(step).error();
-    if (step && *step == Reconnect::Step::done) adopt(back_.take_session());
+    if (!step) {
+      failure_ = std::move(step).error();
+    } else if (*step == Reconnect::Step::done) {
+      adopt(back_.take_session());
+    }
     watch();
     if (failure_) return Unexpected(*failure_);
     nudge_if_due();

@@ -55,8 +55,9 @@ void tell_where_to_look(Error& error, const std::string& asked, const std::strin
   if (error.code != Errc::no_such_engine) return;
   for (const std::string& other : {system_socket_path(), user_socket_path()}) {
     if (same_socket(other, asked) || !has_engine(other, engine)) continue;
-    std::string line = "engine " + engine + " is registered with the daemon at " + other +
-                       "; set REFIT_SOCKET or ConnectOptions::socket_path to it";
+    std::string line = "engine ";
+    line.append(engine).append(" is registered with the daemon at ").append(other);
+    line += "; set REFIT_SOCKET or ConnectOptions::socket_path to it";
     if (std::find(error.details.begin(), error.details.end(), line) == error.details.end())
       error.details.push_back(std::move(line));
   }

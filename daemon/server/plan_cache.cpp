@@ -65,7 +65,9 @@ void bind_layers(BoundPlan& bound) {
       bound.layers.back().first = bound.layer_ops.size();
     }
     // No address yet: the offset alone, so that chunks are cut where the buffer's pages end.
-    bound.layer_ops.push_back(op_of(bound, copy, reinterpret_cast<std::byte*>(copy.target_offset)));
+    // NOLINTNEXTLINE(performance-no-int-to-ptr): it is never followed before settle() adds to it
+    auto* const offset = reinterpret_cast<std::byte*>(copy.target_offset);
+    bound.layer_ops.push_back(op_of(bound, copy, offset));
     ++bound.layers.back().count;
   }
   for (LayerCopies& layer : bound.layers)

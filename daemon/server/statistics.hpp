@@ -18,9 +18,9 @@ class Histogram {
   /// Upper bounds of the buckets in microseconds; what is above the last one has a bucket of its
   /// own. From a refit of a few tensors to one of a large model behind a long step.
   static constexpr std::array<float, 20> kBoundsUs{
-      10,      25,        50,        100,        250,        500,        1'000,
-      2'500,   5'000,     10'000,    25'000,     50'000,     100'000,    250'000,
-      500'000, 1'000'000, 2'500'000, 10'000'000, 30'000'000, 120'000'000};
+      10,      25,        50,        100,           250,           500,           1'000,
+      2'500,   5'000,     10'000,    25'000,        50'000,        100'000,       250'000,
+      500'000, 1'000'000, 2'500'000, 10'000'000.0F, 30'000'000.0F, 120'000'000.0F};
 
   void add(float us) noexcept {
     std::size_t bucket = 0;

@@ -233,7 +233,7 @@ bool is_member(gid_t group) {
 }
 
 std::string group_label(gid_t gid) {
-  std::vector<char> buffer(64 * 1024);
+  std::vector<char> buffer(std::size_t{64} * 1024);
   group entry{};
   group* found = nullptr;
   if (::getgrgid_r(gid, &entry, buffer.data(), buffer.size(), &found) != 0 || found == nullptr)
