@@ -6,9 +6,10 @@
 namespace refit {
 namespace {
 
-/// A session of this client's own that the daemon has not noticed the end of holds the name for a
-/// moment; a process that took it keeps it.
-constexpr std::chrono::seconds kNameTakenMax{5};
+/// What a moment mends, and nothing else does: a session of this client's own that the daemon has
+/// not noticed the end of holds the name, and systemd makes a socket before it gives it to its
+/// group. A process that took the name keeps it, and a user who may not connect never may.
+constexpr std::chrono::seconds kMomentMax{5};
 
 /// Sending fds blocks only behind a daemon that stopped after its WELCOME.
 constexpr std::chrono::milliseconds kSendMax{50};
@@ -21,12 +22,14 @@ void Reconnect::start(std::vector<Module> modules, bool asleep) {
   session_.reset();
   backoff_ = Backoff();
   next_attempt_ = Clock::time_point::min();
-  name_taken_since_.reset();
+  refused_since_.reset();
   last_failure_.reset();
 }
 
 bool Reconnect::may_pass(const Error& error) {
-  if (error.code != Errc::name_taken) name_taken_since_.reset();
+  const bool momentary =
+      error.code == Errc::name_taken || (error.code == Errc::permission && session_ == nullptr);
+  if (!momentary) refused_since_.reset();
   switch (error.code) {
     case Errc::os:
       return error.native == ENOENT || error.native == ECONNREFUSED || error.native == EAGAIN ||
@@ -36,11 +39,10 @@ bool Reconnect::may_pass(const Error& error) {
     case Errc::shutting_down:
     case Errc::deadline:
       return true;
-    case Errc::name_taken:
-      if (!name_taken_since_) name_taken_since_ = Clock::now();
-      return Clock::now() - *name_taken_since_ < kNameTakenMax;
     default:
-      return false;
+      if (!momentary) return false;
+      if (!refused_since_) refused_since_ = Clock::now();
+      return Clock::now() - *refused_since_ < kMomentMax;
   }
 }
 

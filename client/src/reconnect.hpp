@@ -94,7 +94,7 @@ class Reconnect {
   std::uint64_t request_ = 0;   ///< the registration that is under way, or 0
   Backoff backoff_;
   Clock::time_point next_attempt_;
-  std::optional<Clock::time_point> name_taken_since_;
+  std::optional<Clock::time_point> refused_since_;
   std::optional<Error> last_failure_;
 };
 

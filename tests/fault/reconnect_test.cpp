@@ -7,6 +7,7 @@
 #include <poll.h>
 #include <signal.h>
 #include <sys/wait.h>
+#include <unistd.h>
 
 #include <random>
 
@@ -91,6 +92,27 @@ void set_all(Model& model, std::int64_t value) {
     for (std::uint64_t k = 0; k < model.bytes(i); k += 8)
       std::memcpy(model.data(i) + k, &value, sizeof value);
   }
+}
+
+// Goal: a socket that is there before it is given to its group ends nobody's coming back: systemd
+// makes one in these two steps. Method: the dead daemon's socket belongs to somebody else until the
+// next daemon replaces it. As root, whom no mode keeps out.
+TEST_F(Reconnect, SocketThatRefusesForAMomentIsAskedAgain) {
+  start();
+  Engine sut = make_engine("flux", *target_);
+  daemon_->kill_now();
+  ASSERT_EQ(::chown(socket_.c_str(), 65534, 65534), 0) << "this test needs root";
+  ASSERT_TRUE(eventually([&] {
+    const auto event = sut.poll(soon());
+    EXPECT_TRUE(event) << text_of(event);
+    return !event || !sut.connected();
+  }));
+  for (int i = 0; i < 20; ++i) {
+    const auto event = sut.wait(Deadline::in(5ms));
+    ASSERT_TRUE(event) << text_of(event);
+  }
+  start();
+  EXPECT_TRUE(eventually([&] { return sut.poll(soon()) && sut.connected(); }));
 }
 
 TEST_F(Reconnect, IdleDaemonKilledAndRestartedTheNextRefitWorksAndVersionsGoOn) {
