@@ -16,6 +16,7 @@ import pathlib
 import queue
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -67,13 +68,17 @@ def eventually(condition, text):
 class Peer:
     """One of the example's programs, as a user in the container. Its events are kept in order."""
 
+    alive = set()
+
     def __init__(self, container, program, user, *arguments, environment=None):
+        self.container = container
         self.name = f"{program} of {user}"
         self.errors = tempfile.TemporaryFile()
         command = container.inside([f"{TEST_PROGRAMS}/{program}", "--model", "tiny", *arguments], user=user,
                                    environment={"LD_LIBRARY_PATH": LIBRARIES, "OMP_NUM_THREADS": "1",
                                                 **(environment or {})})
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors)
+        self.alive.add(self)
         self.events = queue.Queue()
         self.kept = []
         threading.Thread(target=self._read, daemon=True).start()
@@ -115,6 +120,13 @@ class Peer:
         self.send(command)
         return self.expect(event or command)
 
+    def stop(self):
+        self.container.run(["sh", "-c", f"kill -STOP {self.pid}"])
+
+    def go_on(self):
+        """nsenter, our child, stops itself when its own does; it passes this on."""
+        self.process.send_signal(signal.SIGCONT)
+
     def versions(self):
         """What the engine's gate let in, in order."""
         return [module["version"] for event in self.kept if event["event"] == "gate" for module in event["modules"]]
@@ -126,6 +138,7 @@ class Peer:
             self.process.wait(timeout=10)
         self.process.kill()
         self.process.wait()
+        self.alive.discard(self)
 
 
 class Service:
@@ -393,7 +406,7 @@ class SystemdTest:
     def drain(self):
         """A stop while an engine is in its step: the refit that waits for it is let through first."""
         self.trainer.ask("step")
-        self.container.run(["sh", "-c", f"kill -STOP {self.engine.pid}"])
+        self.engine.stop()
         try:
             self.trainer.send("refit")
             self.wait_for_refit()
@@ -402,7 +415,7 @@ class SystemdTest:
             self.entry(MESSAGE_IDS["draining"])
             expect(self.service.state() == "deactivating", "the daemon ended before the refit did")
         finally:
-            self.container.run(["sh", "-c", f"kill -CONT {self.engine.pid}"])
+            self.engine.go_on()
         self.trainer.expect("refit")
         ours, theirs = self.trainer.ask("forward"), self.engine.ask("forward")
         expect(ours["sha256"] == theirs["sha256"], "the drained refit left other weights")
@@ -477,11 +490,17 @@ def main():
         test.run()
     except Failure as failure:
         print(f"FAILED: {failure}", file=sys.stderr)
+        for peer in Peer.alive:
+            print(f"{peer.name} said last: {peer.kept[-3:]}, and unread: {list(peer.events.queue)}", file=sys.stderr)
         if container.leader is not None:
             journal = container.try_run(["journalctl", "--no-pager", "--lines=60", "--output=short-precise"])
             print(f"the container's journal ends:\n{journal.stdout}", file=sys.stderr)
         return 1
     finally:
+        # A container does not end before those who wait for its processes have heard of their end.
+        for peer in Peer.alive:
+            peer.process.kill()
+            peer.process.wait()
         container.close()
     print("systemd: as expected")
     return 0
