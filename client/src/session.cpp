@@ -119,7 +119,7 @@ Result<const wire::Reply*> outcome_of(const wire::Reply& reply) {
 
 std::string default_socket_path() {
   if (const char* path = std::getenv("REFIT_SOCKET"); path != nullptr && *path != '\0') return path;
-  if (const char* directory = std::getenv("XDG_RUNTIME_DIR"); directory != nullptr) {
+  if (std::getenv("XDG_RUNTIME_DIR") != nullptr) {
     if (std::string path = user_socket_path(); ::access(path.c_str(), F_OK) == 0) return path;
   }
   return system_socket_path();

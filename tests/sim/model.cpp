@@ -127,6 +127,14 @@ const Target* Model::target_of(const Transaction& transaction, const Weights& we
   return nullptr;
 }
 
+Weights* Model::bound_to(const Target& target, const Transaction& transaction) const {
+  const auto engine = engines_.find(target.engine);
+  if (engine == engines_.end() || engine->second->process->dying ||
+      engine->second->linked_at > transaction.posted_at)
+    return nullptr;
+  return engine->second.get();
+}
+
 void Model::on_turn() {
   for (auto& [name, weights] : engines_) {
     if (weights->process->dying || weights->link == nullptr) continue;
@@ -201,28 +209,20 @@ void Model::on_commit(Weights& weights, Weights::Module& module, const ModuleRea
     return violate("a transaction that nobody sent was committed: " + describe(weights, module));
   const Transaction& transaction = found->second;
   for (std::size_t i = 0; i < module.good.size(); ++i) {
-    const auto& selection = target->selection;
-    if (selection.empty() || std::find(selection.begin(), selection.end(),
-                                       module.shape->target[i].name) != selection.end())
-      module.good[i] = transaction.tag;
+    if (target->selects(module.shape->target[i].name)) module.good[i] = transaction.tag;
   }
   module.version = std::max(module.version, reading.version);
   expect_whole(weights, module, "when committed");
   for (const Target& other : transaction.targets) {
-    const auto engine = engines_.find(other.engine);
-    if (engine == engines_.end() || engine->second->process->dying ||
-        engine->second->linked_at > transaction.posted_at)
-      continue;
-    const Weights::Module& peer = engine->second->modules[other.module];
+    Weights* const engine = bound_to(other, transaction);
+    if (engine == nullptr) continue;
+    const Weights::Module& peer = engine->modules[other.module];
     for (std::size_t i = 0; i < peer.good.size(); ++i) {
-      if (!other.selection.empty() &&
-          std::find(other.selection.begin(), other.selection.end(), peer.shape->target[i].name) ==
-              other.selection.end())
-        continue;
+      if (!other.selects(peer.shape->target[i].name)) continue;
       for (const Tag tag : peer.seen[i]) {
         if (tag != transaction.tag)
           return violate("one target was committed before the last byte of another: " +
-                         describe(*engine->second, peer));
+                         describe(*engine, peer));
       }
     }
   }
@@ -261,17 +261,14 @@ void Model::on_bytes() {
       transaction.touched = true;
       transaction.touched_at = kernel_.now();
       for (const Target& other : transaction.targets) {
-        const auto engine = engines_.find(other.engine);
-        if (engine == engines_.end() || engine->second->process->dying ||
-            engine->second->linked_at > transaction.posted_at)
-          continue;
-        const Weights::Module& peer = engine->second->modules[other.module];
+        Weights* const engine = bound_to(other, transaction);
+        if (engine == nullptr) continue;
+        const Weights::Module& peer = engine->modules[other.module];
         if (peer.block == nullptr) continue;
         const ModuleReading peer_reading = peek(*peer.block);
         if (peer_reading.word.state != ModuleState::writing ||
             peer_reading.transaction != reading.transaction)
-          violate("bytes changed before every word said `writing`: " +
-                  describe(*engine->second, peer));
+          violate("bytes changed before every word said `writing`: " + describe(*engine, peer));
       }
     }
   }

@@ -11,6 +11,7 @@
 //   - a refit that was answered ok was committed, one that was refused wrote nothing.
 #pragma once
 
+#include <algorithm>
 #include <map>
 #include <memory>
 #include <string>
@@ -50,6 +51,11 @@ struct Target {
   std::string engine;
   std::size_t module = 0;
   std::vector<std::string> selection;  ///< empty: all
+
+  [[nodiscard]] bool selects(const std::string& tensor) const {
+    return selection.empty() ||
+           std::find(selection.begin(), selection.end(), tensor) != selection.end();
+  }
 };
 
 struct IdLess {
@@ -138,6 +144,9 @@ class Model {
   [[nodiscard]] static bool whole(const Weights::Module& module);
   [[nodiscard]] const Target* target_of(const Transaction& transaction, const Weights& weights,
                                         const Weights::Module& module) const;
+  /// The engine of a target that `transaction` was bound to when it was sent and that lives; null
+  /// for one that came later or is gone.
+  [[nodiscard]] Weights* bound_to(const Target& target, const Transaction& transaction) const;
   [[nodiscard]] std::string describe(const Weights& weights, const Weights::Module& module) const;
   void violate(const std::string& what) { kernel_.violate(what); }
 

@@ -2,13 +2,10 @@
 
 #include <fcntl.h>
 #include <gtest/gtest.h>
-#include <poll.h>
 #include <signal.h>
 #include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
-
-#include <cerrno>
 
 namespace refit::test {
 
@@ -32,14 +29,13 @@ ClientProcess::ClientProcess() {
   ::close(commands[0]);
   ::close(answers[1]);
   to_ = commands[1];
-  from_ = answers[0];
+  from_.adopt(answers[0]);
   EXPECT_EQ(hear(), "ok ready") << REFIT_PEER_PATH << " did not start";
 }
 
 ClientProcess::~ClientProcess() {
   kill_now();
   ::close(to_);
-  ::close(from_);
 }
 
 void ClientProcess::tell(const std::string& command) {
@@ -47,25 +43,7 @@ void ClientProcess::tell(const std::string& command) {
   EXPECT_EQ(::write(to_, line.data(), line.size()), static_cast<ssize_t>(line.size())) << command;
 }
 
-std::string ClientProcess::hear() {
-  constexpr int kBoundMs = 30'000;
-  for (;;) {
-    const auto end = unread_.find('\n');
-    if (end != std::string::npos) {
-      std::string line = unread_.substr(0, end);
-      unread_.erase(0, end + 1);
-      return line;
-    }
-    pollfd entry{from_, POLLIN, 0};
-    const int count = ::poll(&entry, 1, kBoundMs);
-    if (count == 0) return "silence";
-    char buffer[4096];
-    const ssize_t bytes = ::read(from_, buffer, sizeof buffer);
-    if (bytes < 0 && errno == EINTR) continue;
-    if (bytes <= 0) return "gone";
-    unread_.append(buffer, static_cast<std::size_t>(bytes));
-  }
-}
+std::string ClientProcess::hear() { return from_.next(); }
 
 std::string ClientProcess::ask(const std::string& command) {
   tell(command);

@@ -10,6 +10,8 @@
 
 #include <string>
 
+#include "support/line_reader.hpp"
+
 namespace refit::test {
 
 class ClientProcess {
@@ -33,8 +35,7 @@ class ClientProcess {
  private:
   pid_t pid_ = -1;
   int to_ = -1;
-  int from_ = -1;
-  std::string unread_;
+  LineReader from_;
 };
 
 }  // namespace refit::test

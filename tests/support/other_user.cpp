@@ -3,13 +3,10 @@
 #include <fcntl.h>
 #include <grp.h>
 #include <gtest/gtest.h>
-#include <poll.h>
 #include <signal.h>
 #include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
-
-#include <cerrno>
 
 namespace refit::test {
 
@@ -49,35 +46,16 @@ OtherUser::OtherUser(uid_t uid, const std::vector<gid_t>& groups,
   ::close(commands[0]);
   ::close(answers[1]);
   to_ = commands[1];
-  from_ = answers[0];
+  from_.adopt(answers[0]);
 }
 
 OtherUser::~OtherUser() {
   ::kill(pid_, SIGKILL);
   ::waitpid(pid_, nullptr, 0);
   ::close(to_);
-  ::close(from_);
 }
 
-std::string OtherUser::hear() {
-  constexpr int kBoundMs = 30'000;
-  for (;;) {
-    const auto end = unread_.find('\n');
-    if (end != std::string::npos) {
-      std::string line = unread_.substr(0, end);
-      unread_.erase(0, end + 1);
-      return line;
-    }
-    pollfd entry{from_, POLLIN, 0};
-    const int count = ::poll(&entry, 1, kBoundMs);
-    if (count == 0) return "silence";
-    char buffer[4096];
-    const ssize_t bytes = ::read(from_, buffer, sizeof buffer);
-    if (bytes < 0 && errno == EINTR) continue;
-    if (bytes <= 0) return "gone";
-    unread_.append(buffer, static_cast<std::size_t>(bytes));
-  }
-}
+std::string OtherUser::hear() { return from_.next(); }
 
 void OtherUser::go() const { EXPECT_EQ(::write(to_, "g", 1), 1); }
 

@@ -10,6 +10,8 @@
 #include <string>
 #include <vector>
 
+#include "support/line_reader.hpp"
+
 namespace refit::test {
 
 class OtherUser {
@@ -40,8 +42,7 @@ class OtherUser {
  private:
   pid_t pid_ = -1;
   int to_ = -1;
-  int from_ = -1;
-  std::string unread_;
+  LineReader from_;
 };
 
 }  // namespace refit::test
