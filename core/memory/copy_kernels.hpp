@@ -24,14 +24,14 @@ struct CopyKernel {
 /// neighbours, and the stream is too short to save the read for ownership.
 inline constexpr std::size_t kNonTemporalBytesMin = 4096;
 
-/// Every kernel: memcpy, rep_movsb, nt_avx2 and nt_avx512 with and without prefetch. Static
-/// storage, `count` entries.
+/// Every kernel: memcpy, rep_movsb, and with avx2 and avx512 one stream of non-temporal stores, one
+/// with prefetch, and four pages at once. Static storage, `count` entries.
 [[nodiscard]] const CopyKernel* copy_kernels(std::size_t* count) noexcept;
 
 /// The kernels of which one wins on some machine or other; which, only a trial on it tells. All are
 /// supported here. The first is the best guess.
 struct CopyCandidates {
-  static constexpr std::size_t kCountMax = 3;
+  static constexpr std::size_t kCountMax = 4;
   std::array<const CopyKernel*, kCountMax> kernels{};
   std::size_t count = 0;
 };

@@ -59,8 +59,9 @@ void for_each_supported_kernel(F&& body) {
 
 TEST(CopyKernels, SizesAroundEveryThresholdCopyExactly) {
   for_each_supported_kernel([](const CopyKernel& sut) {
-    for (const std::size_t middle : {std::size_t{64}, std::size_t{256}, kNonTemporalBytesMin,
-                                     kNonTemporalBytesMin + 256, std::size_t{65536}}) {
+    for (const std::size_t middle :
+         {std::size_t{64}, std::size_t{256}, kNonTemporalBytesMin, kNonTemporalBytesMin + 256,
+          std::size_t{16384}, std::size_t{16448}, std::size_t{65536}}) {
       for (std::size_t bytes = middle - 3; bytes <= middle + 3; ++bytes) {
         expect_copies(sut, bytes, 0, 0);
         expect_copies(sut, bytes, 5, 11);

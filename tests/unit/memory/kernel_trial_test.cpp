@@ -16,7 +16,8 @@ constexpr std::uint64_t kChunk = std::uint64_t{1} << 20;
 const CopyKernel kPlain{"plain", copy_nothing, true};
 const CopyKernel kAhead{"ahead", copy_nothing, true};
 const CopyKernel kRep{"rep", copy_nothing, true};
-constexpr CopyCandidates kThree{{&kPlain, &kAhead, &kRep}, 3};
+constexpr std::array kAll{&kPlain, &kAhead, &kRep};
+constexpr CopyCandidates kThree{{kAll[0], kAll[1], kAll[2]}, kAll.size()};
 
 /// Runs a trial to its end, each candidate taking the given time for a chunk; returns the turns.
 std::map<const CopyKernel*, int> run(KernelTrial& sut,
@@ -34,7 +35,7 @@ std::map<const CopyKernel*, int> run(KernelTrial& sut,
 }
 
 TEST(KernelTrial, FastestCandidateIsChosen) {
-  for (const CopyKernel* fastest : kThree.kernels) {
+  for (const CopyKernel* fastest : kAll) {
     KernelTrial sut(kThree);
     EXPECT_EQ(&sut.chosen(), &kPlain) << "the first is the guess until the trial is over";
     std::map<const CopyKernel*, std::uint64_t> ns{
@@ -55,7 +56,7 @@ TEST(KernelTrial, EveryCandidateGetsAboutAsManyTurns) {
   KernelTrial sut(kThree);
   const auto turns = run(sut, {{&kPlain, 1}, {&kAhead, 1}, {&kRep, 1}});
   const int least = static_cast<int>(KernelTrial::kTrialBytes / kChunk);
-  for (const CopyKernel* kernel : kThree.kernels) {
+  for (const CopyKernel* kernel : kAll) {
     EXPECT_GE(turns.at(kernel), least) << kernel->name;
     EXPECT_LE(turns.at(kernel), least + least / 4) << kernel->name;
   }
