@@ -1,6 +1,7 @@
 // Observer: asks the daemon what an operator wants to know. refitctl stands on it.
 //
-// Threads: one call at a time per Observer.
+// Threads: one call at a time per Observer. It holds nothing that a daemon would have to learn
+// again, so it does not come back by itself: after Errc::daemon_gone, connect another one.
 #pragma once
 
 #include <cstdint>

@@ -41,6 +41,7 @@ Json module_object(const ModuleStatus& module) {
       {"refits", module.refits},
       {"populated", module.populated},
       {"asleep", module.asleep},
+      {"restricted", module.restricted},
       {"last_refit", Json()}};
   if (module.refits > 0) {
     json["last_refit"] = {{"wait_us", microseconds(module.last.wait_us)},
@@ -69,6 +70,7 @@ Json session_array(const DaemonStatus& status) {
                         {"pid", session.pid},
                         {"modules", session.modules},
                         {"asleep", session.asleep},
+                        {"restricted", session.restricted},
                         {"regions", session.regions},
                         {"registered_bytes", session.registered_bytes},
                         {"in_flight", session.in_flight},

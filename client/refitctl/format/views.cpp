@@ -41,6 +41,9 @@ std::string mixed_warning(ModuleState state, const Style& style) {
          ": its bytes may be a mix of old and new weights; refit it, then look again\n";
 }
 
+// What the daemon does not tell of another uid's: no zero that could be taken for a fact.
+std::string unless(bool restricted, std::string text) { return restricted ? "-" : text; }
+
 std::string module_table(const DaemonStatus& status, const Style& style) {
   Table table({{"MODULE"},
                {"STATE"},
@@ -53,12 +56,15 @@ std::string module_table(const DaemonStatus& status, const Style& style) {
                {"PAGES"}});
   for (const ModuleStatus& module : status.modules) {
     table.add_row({module.engine + "/" + module.module, state_cell(module.state),
-                   std::to_string(module.version), module.source,
-                   short_transaction(module.transaction), std::to_string(module.refits),
-                   std::to_string(module.tensors), format_bytes(module.bytes),
-                   Cell(module.asleep      ? "asleep"
-                        : module.populated ? "populated"
-                                           : "pending")});
+                   std::to_string(module.version), unless(module.restricted, module.source),
+                   unless(module.restricted, short_transaction(module.transaction)),
+                   unless(module.restricted, std::to_string(module.refits)),
+                   unless(module.restricted, std::to_string(module.tensors)),
+                   unless(module.restricted, format_bytes(module.bytes)),
+                   Cell(module.asleep       ? "asleep"
+                        : module.restricted ? "-"
+                        : module.populated  ? "populated"
+                                            : "pending")});
   }
   return table.render(style, 2);
 }
@@ -94,8 +100,9 @@ std::string session_table(const DaemonStatus& status, const Style& style) {
                {"MODULES", Align::right}});
   for (const SessionStatus& session : status.sessions) {
     table.add_row({std::to_string(session.id), std::string(role_name(session.role)), session.name,
-                   std::to_string(session.uid), std::to_string(session.pid),
-                   std::to_string(session.modules)});
+                   std::to_string(session.uid),
+                   unless(session.restricted, std::to_string(session.pid)),
+                   unless(session.restricted, std::to_string(session.modules))});
   }
   return table.render(style, 2);
 }
@@ -172,10 +179,12 @@ std::string sessions_text(const DaemonStatus& status,
                {"AGE"}});
   for (const SessionStatus& session : status.sessions) {
     table.add_row({std::to_string(session.id), std::string(role_name(session.role)), session.name,
-                   user_label(session.uid), std::to_string(session.pid),
-                   std::to_string(session.modules), std::to_string(session.regions),
-                   format_bytes(session.registered_bytes), std::to_string(session.in_flight),
-                   format_uptime(session.age_us)});
+                   user_label(session.uid), unless(session.restricted, std::to_string(session.pid)),
+                   unless(session.restricted, std::to_string(session.modules)),
+                   unless(session.restricted, std::to_string(session.regions)),
+                   unless(session.restricted, format_bytes(session.registered_bytes)),
+                   unless(session.restricted, std::to_string(session.in_flight)),
+                   unless(session.restricted, format_uptime(session.age_us))});
   }
   return table.render(style);
 }
@@ -192,9 +201,12 @@ std::string modules_text(const DaemonStatus& status, const Style& style) {
                {"TRANSACTION"}});
   for (const ModuleStatus& module : status.modules) {
     table.add_row({module.engine + "/" + module.module, state_cell(module.state),
-                   std::to_string(module.version), std::to_string(module.tensors),
-                   format_bytes(module.bytes), std::to_string(module.refits), module.source,
-                   short_transaction(module.transaction)});
+                   std::to_string(module.version),
+                   unless(module.restricted, std::to_string(module.tensors)),
+                   unless(module.restricted, format_bytes(module.bytes)),
+                   unless(module.restricted, std::to_string(module.refits)),
+                   unless(module.restricted, module.source),
+                   unless(module.restricted, short_transaction(module.transaction))});
   }
   return table.render(style);
 }

@@ -85,6 +85,24 @@ TEST(Views, SessionsShowWhatEveryOneHolds) {
             "  1 min 05 s\n");
 }
 
+// Goal: what the daemon does not tell of another user's engine is not shown as a zero.
+TEST(Views, WhatIsAnotherUsersIsLeftOpen) {
+  DaemonStatus status = sample_status();
+  status.sessions[0].restricted = true;
+  status.modules = {status.modules[1]};
+  status.modules[0].restricted = true;
+
+  EXPECT_EQ(sessions_text(
+                status, [](std::uint32_t) { return "bob"; }, Style{}),
+            "ID  ROLE    NAME     USER  PID  MODULES  REGIONS  SIZE  IN FLIGHT  AGE\n"
+            " 3  engine  engine0  bob     -        -        -     -          -  -\n");
+  EXPECT_EQ(modules_text(status, Style{}),
+            "MODULE       STATE    VERSION  TENSORS  SIZE  REFITS  SOURCE  TRANSACTION\n"
+            "engine0/vae  initial        0        -     -       -  -       -\n");
+  EXPECT_EQ(json::parse(status_json(status)).at("sessions").at(0).at("restricted"), true);
+  EXPECT_EQ(json::parse(status_json(status)).at("modules").at(0).at("restricted"), true);
+}
+
 TEST(Views, LinesOfAWatchHoldWhatChanges) {
   EXPECT_EQ(status_lines(sample_status(), "2026-01-02T03:04:05Z"),
             "2026-01-02T03:04:05Z refitd pid=4711 refits=12 sessions=1 modules=2 draining=no\n"
@@ -197,10 +215,18 @@ TEST(Views, StatusJsonHasItsKeys) {
                        {"draining", false},
                        {"refits", 12}};
   EXPECT_EQ(root.at("daemon"), daemon);
-  const json session = {{"id", 3},         {"role", "engine"},    {"name", "engine0"},
-                        {"uid", 1000},     {"pid", 99},           {"modules", 2},
-                        {"asleep", false}, {"regions", 4},        {"registered_bytes", 3 << 20},
-                        {"in_flight", 1},  {"age_us", 65'000'000}};
+  const json session = {{"id", 3},
+                        {"role", "engine"},
+                        {"name", "engine0"},
+                        {"uid", 1000},
+                        {"pid", 99},
+                        {"modules", 2},
+                        {"asleep", false},
+                        {"regions", 4},
+                        {"registered_bytes", 3 << 20},
+                        {"in_flight", 1},
+                        {"age_us", 65'000'000},
+                        {"restricted", false}};
   EXPECT_EQ(root.at("sessions").at(0), session);
   EXPECT_EQ(json::parse(sessions_json(sample_status())).at("sessions"), root.at("sessions"));
   const json refitted = {{"engine", "engine0"},
@@ -214,6 +240,7 @@ TEST(Views, StatusJsonHasItsKeys) {
                          {"refits", 12},
                          {"populated", true},
                          {"asleep", false},
+                         {"restricted", false},
                          {"last_refit",
                           {{"wait_us", 1.25},
                            {"gate_us", 30.5},
