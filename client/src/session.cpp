@@ -104,6 +104,10 @@ Result<void> wait_fd(int fd, short events, Deadline deadline, const std::string&
   }
 }
 
+Unexpected impossible_position() {
+  return fail(Errc::protocol, "the daemon's ring position is impossible");
+}
+
 /// The reply if its code is ok, else the error that it is.
 Result<const wire::Reply*> outcome_of(const wire::Reply& reply) {
   const auto code = static_cast<Errc>(reply.code());
@@ -214,10 +218,8 @@ Result<void> Session::adopt_welcome(ReceivedMessage& answer) {
   daemon_doorbell_ = Doorbell::adopt(std::move(answer.fds[kDaemonDoorbellFd]));
   client_doorbell_ = Doorbell::adopt(std::move(answer.fds[kClientDoorbellFd]));
   daemon_pidfd_ = std::move(answer.fds[kDaemonPidfd]);
-  requests_ = std::make_unique<RingProducer>(request_->request_tail, response_->request_head,
-                                             request_->requests);
-  replies_ = std::make_unique<RingConsumer>(response_->response_tail, request_->response_head,
-                                            response_->responses);
+  requests_ = std::make_unique<RingProducer>(request_->requests, response_->request_head);
+  replies_ = std::make_unique<RingConsumer>(response_->responses, request_->response_head);
   // Tickets start at a random place so that one session's can never be mistaken for another's in a
   // log.
   [[maybe_unused]] const auto seeded =
@@ -234,21 +236,21 @@ Result<void> Session::adopt_welcome(ReceivedMessage& answer) {
   return {};
 }
 
-void Session::release_consumed_payloads() {
-  const std::uint64_t consumed = requests_->consumed();
-  while (!outstanding_.empty() && outstanding_.front().position < consumed) {
-    arena_.deallocate(outstanding_.front().payload);
-    outstanding_.pop_front();
-  }
-}
-
-std::byte* Session::allocate_payload(std::size_t bytes) {
+Result<std::byte*> Session::allocate_payload(std::size_t bytes) {
   if (bytes <= kSmallPayloadBytes) {
     return small_payloads_ + requests_->position() % kRingSlots * kSmallPayloadBytes;
   }
-  release_consumed_payloads();
+  if (!requests_->look()) return impossible_position();
+  while (!outstanding_.empty() && outstanding_.front().position < requests_->consumed()) {
+    arena_.deallocate(outstanding_.front().payload);
+    outstanding_.pop_front();
+  }
   auto* payload = static_cast<std::byte*>(arena_.allocate(bytes, std::nothrow));
-  if (payload != nullptr) outstanding_.push_back({requests_->position(), payload});
+  if (payload == nullptr) {
+    return fail(Errc::quota,
+                "the request region has no room for " + std::to_string(bytes) + " bytes");
+  }
+  outstanding_.push_back({requests_->position(), payload});
   return payload;
 }
 
@@ -259,24 +261,27 @@ Result<std::uint64_t> Session::post(wire::Opcode opcode) {
                                  std::to_string(kPayloadBytesMax) +
                                  " (register the model in several modules)");
   }
-  if (requests_->position() - requests_->consumed() >= kRingSlots) {
-    return fail(Errc::quota, "all " + std::to_string(kRingSlots) + " request slots are in flight");
+  switch (requests_->room()) {
+    case RingProducer::Push::ok:
+      break;
+    case RingProducer::Push::full:
+      return fail(Errc::quota,
+                  "all " + std::to_string(kRingSlots) + " request slots are in flight");
+    case RingProducer::Push::peer_broke_protocol:
+      return impossible_position();
   }
-  std::byte* payload = allocate_payload(bytes);
-  if (payload == nullptr)
-    return fail(Errc::quota,
-                "the request region has no room for " + std::to_string(bytes) + " bytes");
-  std::memcpy(payload, builder_.GetBufferPointer(), bytes);
-
   Descriptor descriptor;
+  std::byte* payload = descriptor.payload;
+  if (bytes > kInlinePayloadBytes) {
+    REFIT_TRY_ASSIGN(payload, allocate_payload(bytes));
+    descriptor.payload_offset = static_cast<std::uint64_t>(payload - request_mapping_.data());
+  }
+  std::memcpy(payload, builder_.GetBufferPointer(), bytes);
   descriptor.opcode = static_cast<std::uint16_t>(opcode);
   descriptor.payload_bytes = static_cast<std::uint32_t>(bytes);
   descriptor.request_id = next_request_++;
-  descriptor.payload_offset = static_cast<std::uint64_t>(payload - request_mapping_.data());
   descriptor.payload_xxh3 = payload_hash(builder_.GetBufferPointer(), bytes);
-  if (requests_->push(descriptor) != RingProducer::Push::ok) {
-    return fail(Errc::protocol, "the daemon's ring position is impossible");
-  }
+  if (requests_->push(descriptor) != RingProducer::Push::ok) return impossible_position();
   ring_daemon();
   return descriptor.request_id;
 }
@@ -288,20 +293,23 @@ Result<const wire::Reply*> Session::take(std::uint64_t request) {
       case RingConsumer::Peek::empty:
         return nullptr;
       case RingConsumer::Peek::peer_broke_protocol:
-        return fail(Errc::protocol, "the daemon's ring position is impossible");
+        return impossible_position();
       case RingConsumer::Peek::message:
         break;
     }
-    if (descriptor.payload_bytes > kPayloadBytesMax ||
-        descriptor.payload_offset > kResponseRegionBytes ||
-        descriptor.payload_bytes > kResponseRegionBytes - descriptor.payload_offset) {
-      return fail(Errc::protocol, "a reply lies outside the response region");
+    const std::byte* payload = descriptor.payload;
+    if (descriptor.payload_bytes > kInlinePayloadBytes) {
+      if (descriptor.payload_bytes > kPayloadBytesMax ||
+          descriptor.payload_offset > kResponseRegionBytes ||
+          descriptor.payload_bytes > kResponseRegionBytes - descriptor.payload_offset) {
+        return fail(Errc::protocol, "a reply lies outside the response region");
+      }
+      payload = response_mapping_.data() + descriptor.payload_offset;
     }
     if (descriptor.request_id != request) {
       replies_->advance();
       continue;
     }
-    const std::byte* payload = response_mapping_.data() + descriptor.payload_offset;
     reply_.assign(payload, payload + descriptor.payload_bytes);
     replies_->advance();
     if (payload_hash(reply_.data(), reply_.size()) != descriptor.payload_xxh3) {

@@ -17,7 +17,7 @@
 namespace refit {
 
 inline constexpr std::uint32_t kMagic = 0x54494652;  // "RFIT", little endian
-inline constexpr std::uint16_t kProtocolVersion = 2;
+inline constexpr std::uint16_t kProtocolVersion = 3;
 
 enum class SocketMessage : std::uint16_t { hello = 1, welcome = 2, nak = 3, ticket = 4 };
 

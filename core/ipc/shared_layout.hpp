@@ -28,15 +28,28 @@ inline constexpr std::size_t kPayloadBytesMax = (std::size_t{3} << 20) + (std::s
 static_assert(std::atomic<std::uint64_t>::is_always_lock_free);
 static_assert(std::atomic<std::uint32_t>::is_always_lock_free);
 
+/// The longest payload that stands in the slot itself, so that a request like ping and its answer
+/// are one cache line each.
+inline constexpr std::size_t kInlinePayloadBytes = 24;
+
 /// One message. Copied out of shared memory before any field is looked at.
 struct Descriptor {
   std::uint16_t opcode = 0;
   std::uint16_t reserved = 0;
   std::uint32_t payload_bytes = 0;
   std::uint64_t request_id = 0;
-  std::uint64_t payload_offset = 0;  ///< from the start of the region that holds this descriptor
-  std::uint64_t payload_xxh3 = 0;    ///< XXH3-64; finds a broken client, not a hostile one
+  std::uint64_t payload_xxh3 = 0;  ///< XXH3-64; finds a broken client, not a hostile one
+  /// Of a payload longer than `payload`: from the start of the region that holds this descriptor.
+  std::uint64_t payload_offset = 0;
+  std::byte payload[kInlinePayloadBytes] = {};  ///< one that is not longer
 };
+
+/// A descriptor and the word that publishes it: one cache line.
+struct alignas(64) RingSlot {
+  SharedWord<std::uint64_t> sequence;  ///< 1 + position of the message that stands here, or 0
+  Descriptor descriptor;
+};
+static_assert(sizeof(RingSlot) == 64);
 
 /// What a transaction did to a module: valid while the module's word points at it.
 struct ModuleRecord {
@@ -56,28 +69,26 @@ struct alignas(128) ModuleBlock {
 };
 
 struct RequestRegion {
-  alignas(64) SharedWord<std::uint64_t> request_tail;   ///< client's producer position
   alignas(64) SharedWord<std::uint64_t> response_head;  ///< client's consumer position
   alignas(64) SharedWord<std::uint32_t> client_awake;   ///< 1: the client reads by itself, no
                                                         ///< doorbell needed
   alignas(64) SharedWord<std::uint64_t> gate_answer;    ///< engine: {epoch, ready | withdrawn}
   /// Requests up to this id were given up by the client (its deadline passed).
   alignas(64) SharedWord<std::uint64_t> abandoned_request;
-  alignas(64) Descriptor requests[kRingSlots];
+  RingSlot requests[kRingSlots];
   /// Engine: where each layer buffer is now (ipc/residency_word.hpp).
   alignas(64) SharedWord<std::uint64_t> residency[kLayerBuffersMax];
   alignas(4096) std::byte arena[1];  ///< the rest of the region
 };
 
 struct ResponseRegion {
-  alignas(64) SharedWord<std::uint64_t> response_tail;  ///< daemon's producer position
-  alignas(64) SharedWord<std::uint64_t> request_head;   ///< daemon's consumer position
-  alignas(64) SharedWord<std::uint32_t> daemon_awake;   ///< 1: the daemon reads by itself, no
-                                                        ///< doorbell needed
+  alignas(64) SharedWord<std::uint64_t> request_head;  ///< daemon's consumer position
+  alignas(64) SharedWord<std::uint32_t> daemon_awake;  ///< 1: the daemon reads by itself, no
+                                                       ///< doorbell needed
   alignas(64)
       SharedWord<std::uint64_t> gate;  ///< engine: {epoch, flags, closed | prepare | released}
   alignas(128) ModuleBlock modules[kModulesMax];
-  alignas(64) Descriptor responses[kRingSlots];
+  RingSlot responses[kRingSlots];
   alignas(4096) std::byte payload[1];  ///< the rest of the region
 };
 
@@ -101,16 +112,16 @@ constexpr std::uint64_t mix_all(Values... values) noexcept {
 inline constexpr std::uint64_t kLayoutHash = detail::mix_all(
     kRingSlots, kModulesMax, kLayerBuffersMax, kRequestRegionBytes, kResponseRegionBytes,
     sizeof(Descriptor), offsetof(Descriptor, opcode), offsetof(Descriptor, payload_bytes),
-    offsetof(Descriptor, request_id), offsetof(Descriptor, payload_offset),
-    offsetof(Descriptor, payload_xxh3), sizeof(ModuleRecord),
+    offsetof(Descriptor, request_id), offsetof(Descriptor, payload_xxh3),
+    offsetof(Descriptor, payload_offset), offsetof(Descriptor, payload), sizeof(RingSlot),
+    offsetof(RingSlot, sequence), offsetof(RingSlot, descriptor), sizeof(ModuleRecord),
     offsetof(ModuleRecord, transaction_high), offsetof(ModuleRecord, transaction_low),
     offsetof(ModuleRecord, version), offsetof(ModuleRecord, selection), sizeof(ModuleBlock),
     offsetof(ModuleBlock, word), offsetof(ModuleBlock, name), offsetof(ModuleBlock, records),
-    sizeof(RequestRegion), offsetof(RequestRegion, request_tail),
-    offsetof(RequestRegion, response_head), offsetof(RequestRegion, client_awake),
-    offsetof(RequestRegion, gate_answer), offsetof(RequestRegion, abandoned_request),
-    offsetof(RequestRegion, requests), offsetof(RequestRegion, residency),
-    offsetof(RequestRegion, arena), sizeof(ResponseRegion), offsetof(ResponseRegion, response_tail),
+    sizeof(RequestRegion), offsetof(RequestRegion, response_head),
+    offsetof(RequestRegion, client_awake), offsetof(RequestRegion, gate_answer),
+    offsetof(RequestRegion, abandoned_request), offsetof(RequestRegion, requests),
+    offsetof(RequestRegion, residency), offsetof(RequestRegion, arena), sizeof(ResponseRegion),
     offsetof(ResponseRegion, request_head), offsetof(ResponseRegion, daemon_awake),
     offsetof(ResponseRegion, gate), offsetof(ResponseRegion, modules),
     offsetof(ResponseRegion, responses), offsetof(ResponseRegion, payload));

@@ -80,10 +80,8 @@ std::shared_ptr<Session> Session::over(std::shared_ptr<SessionMemory> memory,
   session->client_doorbell_ = std::move(client_doorbell);
   const RequestRegion& request = session->memory->request_region();
   ResponseRegion& response = session->memory->response_region();
-  session->requests_ =
-      std::make_unique<RingConsumer>(request.request_tail, response.request_head, request.requests);
-  session->replies_ = std::make_unique<RingProducer>(response.response_tail, request.response_head,
-                                                     response.responses);
+  session->requests_ = std::make_unique<RingConsumer>(request.requests, response.request_head);
+  session->replies_ = std::make_unique<RingProducer>(response.responses, request.response_head);
   return session;
 }
 
@@ -96,7 +94,7 @@ std::size_t Session::region_count() const noexcept {
 std::uint64_t Session::registered_bytes() const noexcept {
   std::uint64_t bytes = 0;
   for (const auto& [module_name, module] : modules) {
-    for (const Mapping& mapping : module->registration->regions) bytes += mapping.bytes();
+    for (const MappedRegion& region : module->registration->regions) bytes += region.bytes;
   }
   return bytes;
 }
@@ -117,15 +115,18 @@ Session::Next Session::next_request(Request& out, std::string& reason) {
     case RingConsumer::Peek::message:
       break;
   }
-  constexpr std::uint64_t kArena = offsetof(RequestRegion, arena);
-  if (descriptor.payload_bytes > kPayloadBytesMax || descriptor.payload_offset < kArena ||
-      descriptor.payload_offset > kRequestRegionBytes ||
-      descriptor.payload_bytes > kRequestRegionBytes - descriptor.payload_offset) {
-    reason = "a request's payload lies outside the arena";
-    return Next::violation;
+  const std::byte* payload = descriptor.payload;
+  if (descriptor.payload_bytes > kInlinePayloadBytes) {
+    constexpr std::uint64_t kArena = offsetof(RequestRegion, arena);
+    if (descriptor.payload_bytes > kPayloadBytesMax || descriptor.payload_offset < kArena ||
+        descriptor.payload_offset > kRequestRegionBytes ||
+        descriptor.payload_bytes > kRequestRegionBytes - descriptor.payload_offset) {
+      reason = "a request's payload lies outside the arena";
+      return Next::violation;
+    }
+    payload = memory->request.data() + descriptor.payload_offset;
   }
-  const std::byte* shared = memory->request.data() + descriptor.payload_offset;
-  payload_.assign(shared, shared + descriptor.payload_bytes);
+  payload_.assign(payload, payload + descriptor.payload_bytes);
   requests_->advance();
   if (payload_hash(payload_.data(), payload_.size()) != descriptor.payload_xxh3) {
     reason = "a request's payload does not have its hash";
@@ -138,29 +139,41 @@ Session::Next Session::next_request(Request& out, std::string& reason) {
   return Next::request;
 }
 
-bool Session::reply(std::uint64_t request_id, const flatbuffers::FlatBufferBuilder& builder) {
-  const std::size_t bytes = builder.GetSize();
-  if (bytes > kPayloadBytesMax) return false;
-  const std::uint64_t consumed = replies_->consumed();
-  const std::uint64_t free_from = consumed == 0 ? 0 : payload_ends_[(consumed - 1) % kRingSlots];
+std::byte* Session::allocate_payload(std::size_t bytes) {
   std::uint64_t start = payload_position_;
   // A payload never wraps: what does not fit before the end starts over at the beginning.
   if (start % kReplyAreaBytes + bytes > kReplyAreaBytes)
     start += kReplyAreaBytes - start % kReplyAreaBytes;
   const std::uint64_t end = start + ((bytes + 63) & ~std::uint64_t{63});
-  const bool idle = consumed == replies_->position();
-  if (!idle && end - free_from > kReplyAreaBytes) return false;
+  const auto fits = [&] {
+    const std::uint64_t consumed = replies_->consumed();
+    if (consumed == replies_->position()) return true;
+    const std::uint64_t free_from = consumed == 0 ? 0 : payload_ends_[(consumed - 1) % kRingSlots];
+    return end - free_from <= kReplyAreaBytes;
+  };
+  if (!fits() && !(replies_->look() && fits())) return nullptr;
+  payload_position_ = end;
+  return memory->response.data() + offsetof(ResponseRegion, payload) + start % kReplyAreaBytes;
+}
 
-  const std::uint64_t offset = offsetof(ResponseRegion, payload) + start % kReplyAreaBytes;
-  std::memcpy(memory->response.data() + offset, builder.GetBufferPointer(), bytes);
+bool Session::reply(std::uint64_t request_id, const flatbuffers::FlatBufferBuilder& builder) {
+  const std::size_t bytes = builder.GetSize();
+  if (bytes > kPayloadBytesMax) return false;
+  // Before anything else: payload_ends_ knows one turn of the ring.
+  if (replies_->room() != RingProducer::Push::ok) return false;
   Descriptor descriptor;
+  std::byte* payload = descriptor.payload;
+  if (bytes > kInlinePayloadBytes) {
+    payload = allocate_payload(bytes);
+    if (payload == nullptr) return false;
+    descriptor.payload_offset = static_cast<std::uint64_t>(payload - memory->response.data());
+  }
+  std::memcpy(payload, builder.GetBufferPointer(), bytes);
   descriptor.payload_bytes = static_cast<std::uint32_t>(bytes);
   descriptor.request_id = request_id;
-  descriptor.payload_offset = offset;
   descriptor.payload_xxh3 = payload_hash(builder.GetBufferPointer(), bytes);
-  payload_ends_[replies_->position() % kRingSlots] = end;
+  payload_ends_[replies_->position() % kRingSlots] = payload_position_;
   if (replies_->push(descriptor) != RingProducer::Push::ok) return false;
-  payload_position_ = end;
   wake_client();
   return true;
 }

@@ -40,10 +40,8 @@ bool Client::connect(microseconds patience) {
   RequestRegion& request = *reinterpret_cast<RequestRegion*>(link->memory->request.data());
   const ResponseRegion& response = link->memory->response_region();
   regions = Regions(request, response, link->daemon_bell.other_end());
-  requests_ =
-      std::make_unique<RingProducer>(request.request_tail, response.request_head, request.requests);
-  replies_ = std::make_unique<RingConsumer>(response.response_tail, request.response_head,
-                                            response.responses);
+  requests_ = std::make_unique<RingProducer>(request.requests, response.request_head);
+  replies_ = std::make_unique<RingConsumer>(response.responses, request.response_head);
   return true;
 }
 
@@ -55,17 +53,20 @@ void Client::disconnect() {
 }
 
 std::uint64_t Client::post(wire::Opcode opcode) {
-  if (requests_->position() - requests_->consumed() >= kRingSlots) return 0;
+  if (requests_->room() != RingProducer::Push::ok) return 0;
   REFIT_ASSERT(builder.GetSize() <= kPayloadSlotBytes);
-  std::byte* region = link->memory->request.data();
   Descriptor descriptor;
+  std::byte* payload = descriptor.payload;
+  if (builder.GetSize() > kInlinePayloadBytes) {
+    descriptor.payload_offset =
+        offsetof(RequestRegion, arena) + requests_->position() % kRingSlots * kPayloadSlotBytes;
+    payload = link->memory->request.data() + descriptor.payload_offset;
+  }
+  std::memcpy(payload, builder.GetBufferPointer(), builder.GetSize());
   descriptor.opcode = static_cast<std::uint16_t>(opcode);
   descriptor.payload_bytes = static_cast<std::uint32_t>(builder.GetSize());
   descriptor.request_id = next_request_++;
-  descriptor.payload_offset =
-      offsetof(RequestRegion, arena) + requests_->position() % kRingSlots * kPayloadSlotBytes;
   descriptor.payload_xxh3 = payload_hash(builder.GetBufferPointer(), builder.GetSize());
-  std::memcpy(region + descriptor.payload_offset, builder.GetBufferPointer(), builder.GetSize());
   if (requests_->push(descriptor) != RingProducer::Push::ok) return 0;
   regions.ring_daemon();
   return descriptor.request_id;
@@ -74,7 +75,9 @@ std::uint64_t Client::post(wire::Opcode opcode) {
 bool Client::take(std::uint64_t request, Answer& answer) {
   Descriptor descriptor;
   while (replies_->peek(descriptor) == RingConsumer::Peek::message) {
-    const std::byte* payload = link->memory->response.data() + descriptor.payload_offset;
+    const std::byte* payload = descriptor.payload_bytes > kInlinePayloadBytes
+                                   ? link->memory->response.data() + descriptor.payload_offset
+                                   : descriptor.payload;
     reply_.assign(payload, payload + descriptor.payload_bytes);
     const bool wanted = descriptor.request_id == request;
     const bool intact = payload_hash(reply_.data(), reply_.size()) == descriptor.payload_xxh3;

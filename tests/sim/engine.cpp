@@ -179,8 +179,8 @@ class Engine {
         return;
       }
       if (gate_.due() || gate_.holding()) {
-        if (hold(deadline)) return;
-        if (!gate_.attached()) return;
+        if (hold(deadline) || kernel_.now() >= deadline) return;
+        continue;
       }
       if (kernel_.now() >= deadline) return;
       const Link& link = *client_.link;

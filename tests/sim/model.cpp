@@ -130,7 +130,7 @@ const Target* Model::target_of(const Transaction& transaction, const Weights& we
 Weights* Model::bound_to(const Target& target, const Transaction& transaction) const {
   const auto engine = engines_.find(target.engine);
   if (engine == engines_.end() || engine->second->process->dying ||
-      engine->second->linked_at > transaction.posted_at)
+      engine->second->link == nullptr || engine->second->linked_at > transaction.posted_at)
     return nullptr;
   return engine->second.get();
 }
@@ -305,17 +305,16 @@ void Model::on_ok(const TransactionId& id, std::uint64_t version) {
   std::uint64_t highest = 0;
   bool all_known = true;
   for (const Target& target : transaction.targets) {
-    const auto engine = engines_.find(target.engine);
-    if (engine == engines_.end() || engine->second->process->dying ||
-        engine->second->linked_at > transaction.posted_at) {
+    const Weights* const engine = bound_to(target, transaction);
+    if (engine == nullptr) {
       all_known = false;
       continue;
     }
-    const Weights::Module& module = engine->second->modules[target.module];
+    const Weights::Module& module = engine->modules[target.module];
     const auto commit = module.commits.find(id);
     if (commit == module.commits.end())
       return violate("answered ok and never committed: " + id.to_string() + " in " +
-                     describe(*engine->second, module));
+                     describe(*engine, module));
     highest = std::max(highest, commit->second.version);
   }
   if (all_known && highest != version)

@@ -19,7 +19,8 @@ constexpr std::uint64_t kSeeds = 200;
 #else
 constexpr std::uint64_t kSeeds = 1000;
 #endif
-constexpr std::uint64_t kSeedsPerBug = 1000;
+/// The rarest of them takes some 1,700.
+constexpr std::uint64_t kSeedsPerBug = 5000;
 /// In so many every kind of event comes up.
 constexpr std::uint64_t kSeedsForAllKinds = 1000;
 

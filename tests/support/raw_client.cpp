@@ -117,6 +117,7 @@ RawClient::Answer RawClient::answer() {
   if (!request || !response) give_up("mapping the session's regions");
   request_ = std::move(*request);
   response_ = std::move(*response);
+  response_fd_ = std::move(message.fds[kResponseRegionFd]);
   daemon_doorbell_ = std::move(message.fds[kDaemonDoorbellFd]);
   client_doorbell_ = std::move(message.fds[kClientDoorbellFd]);
   return answer;
@@ -143,22 +144,30 @@ bool RawClient::send_ticket(std::uint64_t ticket, int fd) {
 
 Descriptor RawClient::describe(wire::Opcode opcode, const Bytes& payload) {
   if (payload.size() > kRequestRegionBytes - kArenaStart) give_up("payload larger than the arena");
-  if (arena_position_ + payload.size() > kRequestRegionBytes - kArenaStart) arena_position_ = 0;
-  const std::size_t offset = kArenaStart + arena_position_;
-  std::memcpy(request_.data() + offset, payload.data(), payload.size());
-  arena_position_ += (payload.size() + 63) & ~std::size_t{63};
   Descriptor descriptor;
+  if (payload.size() <= kInlinePayloadBytes) {
+    std::memcpy(descriptor.payload, payload.data(), payload.size());
+  } else {
+    if (arena_position_ + payload.size() > kRequestRegionBytes - kArenaStart) arena_position_ = 0;
+    descriptor.payload_offset = kArenaStart + arena_position_;
+    std::memcpy(request_.data() + descriptor.payload_offset, payload.data(), payload.size());
+    arena_position_ += (payload.size() + 63) & ~std::size_t{63};
+  }
   descriptor.opcode = static_cast<std::uint16_t>(opcode);
   descriptor.payload_bytes = static_cast<std::uint32_t>(payload.size());
   descriptor.request_id = next_request_++;
-  descriptor.payload_offset = offset;
   descriptor.payload_xxh3 = payload_hash(payload.data(), payload.size());
   return descriptor;
 }
 
+void RawClient::publish(const Descriptor& descriptor) {
+  RingSlot& slot = next_slot();
+  slot.descriptor = descriptor;
+  slot.sequence.store(++position_);
+}
+
 void RawClient::push(const Descriptor& descriptor) {
-  request().requests[position_ % kRingSlots] = descriptor;
-  request().request_tail.store(++position_);
+  publish(descriptor);
   ring();
 }
 
@@ -173,6 +182,17 @@ std::uint64_t RawClient::post(wire::Opcode opcode, const Bytes& payload) {
   return descriptor.request_id;
 }
 
+std::uint64_t RawClient::replies() const {
+  std::uint64_t count = replies_taken_;
+  while (response().responses[count % kRingSlots].sequence.load() == count + 1) ++count;
+  return count;
+}
+
+void RawClient::skip_replies() {
+  replies_taken_ = replies();
+  request().response_head.store(replies_taken_);
+}
+
 std::optional<RawClient::Reply> RawClient::next_reply() {
   while (unread() == 0) {
     pollfd entries[] = {{client_doorbell_.get(), POLLIN, 0},
@@ -184,9 +204,10 @@ std::optional<RawClient::Reply> RawClient::next_reply() {
     }
     if (unread() == 0 && entries[1].revents != 0) return std::nullopt;
   }
-  const Descriptor descriptor = response().responses[replies_taken_ % kRingSlots];
-  const auto* bytes =
-      reinterpret_cast<const std::uint8_t*>(response_.data()) + descriptor.payload_offset;
+  const Descriptor descriptor = response().responses[replies_taken_ % kRingSlots].descriptor;
+  const auto* bytes = reinterpret_cast<const std::uint8_t*>(
+      descriptor.payload_bytes > kInlinePayloadBytes ? response_.data() + descriptor.payload_offset
+                                                     : descriptor.payload);
   const Bytes payload(bytes, bytes + descriptor.payload_bytes);
   request().response_head.store(++replies_taken_);
   const auto* message = verified_root<wire::Reply>(payload.data(), payload.size());

@@ -57,13 +57,18 @@ class RawClient {
   [[nodiscard]] const ResponseRegion& response() const {
     return *reinterpret_cast<const ResponseRegion*>(response_.data());
   }
-  /// Puts `payload` into the arena and publishes a right descriptor for it; returns the request id.
+  /// Puts `payload` where it belongs and publishes a right descriptor for it; returns the request
+  /// id.
   std::uint64_t post(wire::Opcode opcode, const Bytes& payload);
-  /// A right descriptor for `payload`, which is put into the arena, for a test to spoil.
+  /// A right descriptor for `payload`, which is put into it or into the arena, for a test to spoil.
   Descriptor describe(wire::Opcode opcode, const Bytes& payload);
   /// Publishes a descriptor as it is.
+  void publish(const Descriptor& descriptor);
+  /// publish and ring.
   void push(const Descriptor& descriptor);
   void ring() const;
+  /// Where the next request goes.
+  [[nodiscard]] RingSlot& next_slot() const { return request().requests[position_ % kRingSlots]; }
 
   struct Reply {
     std::uint64_t request = 0;
@@ -77,19 +82,23 @@ class RawClient {
   std::optional<Reply> reply(std::uint64_t request);
   /// post and reply.
   std::optional<Reply> call(wire::Opcode opcode, const Bytes& payload);
-  /// Replies that wait on the ring, unread.
-  [[nodiscard]] std::uint64_t unread() const {
-    return response().response_tail.load() - replies_taken_;
-  }
+  /// Replies that the daemon has published.
+  [[nodiscard]] std::uint64_t replies() const;
+  /// Those that wait on the ring, unread.
+  [[nodiscard]] std::uint64_t unread() const { return replies() - replies_taken_; }
+  /// Gives them back unread.
+  void skip_replies();
 
   [[nodiscard]] int client_doorbell() const { return client_doorbell_.get(); }
   [[nodiscard]] int daemon_doorbell() const { return daemon_doorbell_.get(); }
   [[nodiscard]] int socket() const { return socket_.get(); }
+  [[nodiscard]] int response_fd() const { return response_fd_.get(); }
 
  private:
   UniqueFd socket_;
   Mapping request_;
   Mapping response_;
+  UniqueFd response_fd_;
   UniqueFd daemon_doorbell_;
   UniqueFd client_doorbell_;
   std::uint64_t next_request_ = 1;

@@ -61,7 +61,7 @@ class Attacker {
         break;
     }
     // Most of the time replies are read, so that the session lives to do more.
-    if (pick(50) != 0) client.request().response_head.store(client.response().response_tail.load());
+    if (pick(50) != 0) client.skip_replies();
     pollfd hangup{client.socket(), POLLRDHUP, 0};
     if (::poll(&hangup, 1, 0) > 0 || pick(100) == 0) renew(index);
   }
@@ -75,7 +75,7 @@ class Attacker {
   void renew(std::size_t index) {
     if (sessions_[index] != nullptr) {
       ++lost_;
-      replies_ += static_cast<int>(sessions_[index]->response().response_tail.load());
+      replies_ += static_cast<int>(sessions_[index]->replies());
     }
     sessions_[index].reset();
     const auto role = static_cast<Role>(pick(3));
@@ -139,7 +139,9 @@ class Attacker {
         one.payload_offset += pick(64);
         break;
     }
-    client.push(one);
+    client.publish(one);
+    if (pick(5) == 0) client.next_slot().sequence.store(pick(2) == 0 ? random_() : pick(70));
+    client.ring();
   }
 
   /// A right message or one with a few bits changed, under its right hash.

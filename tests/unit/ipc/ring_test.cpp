@@ -1,10 +1,12 @@
-// The ring on one mapping: order, full and empty, positions that no honest peer can have.
+// The ring on one mapping: order, full and empty, positions and sequences that no honest peer can
+// have.
 
 #include "ipc/ring.hpp"
 
 #include <gtest/gtest.h>
 
 #include <array>
+#include <cstring>
 #include <limits>
 #include <thread>
 
@@ -13,9 +15,8 @@ namespace {
 
 /// What stands in shared memory for one direction.
 struct Shared {
-  std::atomic<std::uint64_t> tail{0};
   std::atomic<std::uint64_t> head{0};
-  std::array<Descriptor, kRingSlots> slots{};
+  std::array<RingSlot, kRingSlots> slots{};
 };
 
 Descriptor numbered(std::uint64_t number) {
@@ -25,6 +26,9 @@ Descriptor numbered(std::uint64_t number) {
   descriptor.request_id = number;
   descriptor.payload_offset = number * 7;
   descriptor.payload_xxh3 = ~number;
+  const std::uint64_t words[] = {number * 11, number * 13, number * 17};
+  static_assert(sizeof words == sizeof descriptor.payload);
+  std::memcpy(descriptor.payload, words, sizeof words);
   return descriptor;
 }
 
@@ -35,13 +39,27 @@ void expect_numbered(const Descriptor& descriptor, std::uint64_t number) {
   ASSERT_EQ(descriptor.request_id, expected.request_id);
   ASSERT_EQ(descriptor.payload_offset, expected.payload_offset);
   ASSERT_EQ(descriptor.payload_xxh3, expected.payload_xxh3);
+  ASSERT_EQ(std::memcmp(descriptor.payload, expected.payload, sizeof expected.payload), 0);
 }
 
 class Ring : public ::testing::Test {
  protected:
   Shared shared_;
-  RingProducer producer_{shared_.tail, shared_.head, shared_.slots.data()};
-  RingConsumer consumer_{shared_.tail, shared_.head, shared_.slots.data()};
+  /// Messages that are pushed and consumed.
+  void pass(std::uint64_t count) {
+    for (std::uint64_t i = 0; i < count; ++i) {
+      ASSERT_EQ(producer_.push(numbered(i)), RingProducer::Push::ok);
+      ASSERT_EQ(consumer_.peek(out_), RingConsumer::Peek::message);
+      consumer_.advance();
+    }
+  }
+  /// The slot that the consumer reads next.
+  std::atomic<std::uint64_t>& awaited() {
+    return shared_.slots[shared_.head % kRingSlots].sequence;
+  }
+
+  RingProducer producer_{shared_.slots.data(), shared_.head};
+  RingConsumer consumer_{shared_.slots.data(), shared_.head};
   Descriptor out_;
 };
 
@@ -81,40 +99,59 @@ TEST_F(Ring, IsFullAtItsSlotsAndTakesOneAgainAfterEachAdvance) {
   consumer_.advance();
   EXPECT_EQ(producer_.push(numbered(99)), RingProducer::Push::ok);
   EXPECT_EQ(producer_.push(numbered(100)), RingProducer::Push::full);
+  EXPECT_EQ(producer_.room(), RingProducer::Push::full);
   EXPECT_EQ(producer_.consumed(), 1U);
 }
 
-TEST_F(Ring, ConsumerBreaksOffAtATailThatNoProducerCanHave) {
-  ASSERT_EQ(producer_.push(numbered(1)), RingProducer::Push::ok);
-  ASSERT_EQ(consumer_.peek(out_), RingConsumer::Peek::message);
-  consumer_.advance();
-  for (const std::uint64_t tail : {std::uint64_t{0}, std::uint64_t{kRingSlots} + 2,
-                                   std::numeric_limits<std::uint64_t>::max()}) {
-    shared_.tail.store(tail);
-    EXPECT_EQ(consumer_.peek(out_), RingConsumer::Peek::peer_broke_protocol) << tail;
+TEST_F(Ring, IsEmptyAgainAfterWholeTurns) {
+  for (int turn = 0; turn < 3; ++turn) {
+    pass(kRingSlots);
+    EXPECT_TRUE(consumer_.empty());
+    EXPECT_EQ(consumer_.peek(out_), RingConsumer::Peek::empty);
   }
-  shared_.tail.store(std::uint64_t{kRingSlots} + 1);
-  EXPECT_EQ(consumer_.peek(out_), RingConsumer::Peek::message) << "a full ring is honest";
 }
 
-TEST_F(Ring, ProducerBreaksOffAtAHeadBeyondWhatItProduced) {
-  ASSERT_EQ(producer_.push(numbered(1)), RingProducer::Push::ok);
-  for (const std::uint64_t head : {std::uint64_t{2}, std::numeric_limits<std::uint64_t>::max()}) {
+// Goal: a slot holds what stood there a turn ago or the next message, and nothing else. Method: the
+// first turn, where that is 0, and a later one.
+TEST_F(Ring, ConsumerBreaksOffAtASequenceThatNoProducerCanHave) {
+  for (const std::uint64_t position : {std::uint64_t{0}, std::uint64_t{kRingSlots} + 5}) {
+    pass(position - shared_.head);
+    const std::uint64_t before = awaited();
+    EXPECT_EQ(before, position == 0 ? 0 : position + 1 - kRingSlots);
+    for (const std::uint64_t sequence :
+         {position == 0 ? std::uint64_t{kRingSlots} : std::uint64_t{0}, position + 2,
+          position + 1 + kRingSlots, position, std::numeric_limits<std::uint64_t>::max()}) {
+      if (sequence == before) continue;
+      awaited().store(sequence);
+      EXPECT_EQ(consumer_.peek(out_), RingConsumer::Peek::peer_broke_protocol) << sequence;
+      EXPECT_FALSE(consumer_.empty()) << "whoever looks only for messages must come and see";
+    }
+    awaited().store(before);
+    EXPECT_EQ(consumer_.peek(out_), RingConsumer::Peek::empty);
+  }
+}
+
+// Goal: the peer's position is checked whenever it is read, and read before a slot is used again.
+TEST_F(Ring, ProducerBreaksOffAtAHeadThatNoConsumerCanHave) {
+  pass(kRingSlots + 1);  // it has looked once, and saw a whole turn consumed
+  ASSERT_EQ(producer_.consumed(), kRingSlots);
+  while (producer_.position() < 2 * kRingSlots)
+    ASSERT_EQ(producer_.push(numbered(producer_.position())), RingProducer::Push::ok);
+  const std::uint64_t honest = shared_.head;
+  const std::uint64_t sequence = shared_.slots[0].sequence;
+  for (const std::uint64_t head :
+       {std::uint64_t{0}, std::uint64_t{kRingSlots} - 1, std::uint64_t{2} * kRingSlots + 1,
+        std::numeric_limits<std::uint64_t>::max()}) {
     shared_.head.store(head);
-    EXPECT_EQ(producer_.push(numbered(2)), RingProducer::Push::peer_broke_protocol) << head;
-    EXPECT_EQ(producer_.consumed(), 1U) << "clamped to what was produced";
+    EXPECT_FALSE(producer_.look()) << head;
+    EXPECT_EQ(producer_.room(), RingProducer::Push::peer_broke_protocol) << head;
+    EXPECT_EQ(producer_.push(numbered(99)), RingProducer::Push::peer_broke_protocol) << head;
+    EXPECT_EQ(producer_.consumed(), kRingSlots) << "what it said is not used";
   }
-  EXPECT_EQ(shared_.tail.load(), 1U) << "nothing is published to a peer that broke the protocol";
-}
-
-TEST_F(Ring, HeadThatGoesBackOnlyMakesTheRingLookFull) {
-  for (std::uint64_t i = 0; i < kRingSlots; ++i) {
-    ASSERT_EQ(producer_.push(numbered(i)), RingProducer::Push::ok);
-    ASSERT_EQ(consumer_.peek(out_), RingConsumer::Peek::message);
-    consumer_.advance();
-  }
-  shared_.head.store(0);
-  EXPECT_EQ(producer_.push(numbered(99)), RingProducer::Push::full);
+  EXPECT_EQ(shared_.slots[0].sequence, sequence)
+      << "nothing is published to a peer that broke the protocol";
+  shared_.head.store(honest);
+  EXPECT_EQ(producer_.push(numbered(99)), RingProducer::Push::ok);
 }
 
 // Goal: nothing is lost, doubled, torn or reordered between two threads. Method: every field and a
@@ -125,7 +162,9 @@ TEST_F(Ring, CarriesEverythingInOrderBetweenTwoThreads) {
   std::array<std::uint64_t, kRingSlots> payload{};
   std::thread producing([&] {
     for (std::uint64_t i = 1; i <= kMessages;) {
-      if (producer_.position() - producer_.consumed() >= kRingSlots) {
+      const RingProducer::Push possible = producer_.room();
+      if (possible == RingProducer::Push::peer_broke_protocol) return;
+      if (possible == RingProducer::Push::full) {
         std::this_thread::yield();
         continue;
       }
@@ -149,7 +188,7 @@ TEST_F(Ring, CarriesEverythingInOrderBetweenTwoThreads) {
     ++i;
   }
   if (HasFailure()) {
-    shared_.head.store(kMessages);  // lets the producer end
+    shared_.head.store(std::numeric_limits<std::uint64_t>::max());  // lets the producer end
   }
   producing.join();
   EXPECT_TRUE(consumer_.empty());

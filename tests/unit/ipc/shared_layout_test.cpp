@@ -10,15 +10,19 @@
 namespace refit {
 namespace {
 
-TEST(SharedLayout, HashIsTheGoldenOne) { EXPECT_EQ(kLayoutHash, 0x6ac68316656b41e2ULL); }
+TEST(SharedLayout, HashIsTheGoldenOne) { EXPECT_EQ(kLayoutHash, 0xa670ce74141e7355ULL); }
 
 TEST(SharedLayout, OffsetsAreTheGoldenOnes) {
-  EXPECT_EQ(sizeof(Descriptor), 32U);
+  EXPECT_EQ(sizeof(Descriptor), 56U);
   EXPECT_EQ(offsetof(Descriptor, opcode), 0U);
   EXPECT_EQ(offsetof(Descriptor, payload_bytes), 4U);
   EXPECT_EQ(offsetof(Descriptor, request_id), 8U);
-  EXPECT_EQ(offsetof(Descriptor, payload_offset), 16U);
-  EXPECT_EQ(offsetof(Descriptor, payload_xxh3), 24U);
+  EXPECT_EQ(offsetof(Descriptor, payload_xxh3), 16U);
+  EXPECT_EQ(offsetof(Descriptor, payload_offset), 24U);
+  EXPECT_EQ(offsetof(Descriptor, payload), 32U);
+  EXPECT_EQ(sizeof(RingSlot), 64U);
+  EXPECT_EQ(offsetof(RingSlot, sequence), 0U);
+  EXPECT_EQ(offsetof(RingSlot, descriptor), 8U);
 
   EXPECT_EQ(sizeof(ModuleRecord), 32U);
   EXPECT_EQ(offsetof(ModuleRecord, transaction_high), 0U);
@@ -30,22 +34,20 @@ TEST(SharedLayout, OffsetsAreTheGoldenOnes) {
   EXPECT_EQ(offsetof(ModuleBlock, name), 8U);
   EXPECT_EQ(offsetof(ModuleBlock, records), 64U);
 
-  EXPECT_EQ(offsetof(RequestRegion, request_tail), 0U);
-  EXPECT_EQ(offsetof(RequestRegion, response_head), 64U);
-  EXPECT_EQ(offsetof(RequestRegion, client_awake), 128U);
-  EXPECT_EQ(offsetof(RequestRegion, gate_answer), 192U);
-  EXPECT_EQ(offsetof(RequestRegion, abandoned_request), 256U);
-  EXPECT_EQ(offsetof(RequestRegion, requests), 320U);
-  EXPECT_EQ(offsetof(RequestRegion, residency), 320U + 64 * 32);
-  EXPECT_EQ(offsetof(RequestRegion, arena), 12'288U);
+  EXPECT_EQ(offsetof(RequestRegion, response_head), 0U);
+  EXPECT_EQ(offsetof(RequestRegion, client_awake), 64U);
+  EXPECT_EQ(offsetof(RequestRegion, gate_answer), 128U);
+  EXPECT_EQ(offsetof(RequestRegion, abandoned_request), 192U);
+  EXPECT_EQ(offsetof(RequestRegion, requests), 256U);
+  EXPECT_EQ(offsetof(RequestRegion, residency), 256U + 64 * 64);
+  EXPECT_EQ(offsetof(RequestRegion, arena), 16'384U);
 
-  EXPECT_EQ(offsetof(ResponseRegion, response_tail), 0U);
-  EXPECT_EQ(offsetof(ResponseRegion, request_head), 64U);
-  EXPECT_EQ(offsetof(ResponseRegion, daemon_awake), 128U);
-  EXPECT_EQ(offsetof(ResponseRegion, gate), 192U);
+  EXPECT_EQ(offsetof(ResponseRegion, request_head), 0U);
+  EXPECT_EQ(offsetof(ResponseRegion, daemon_awake), 64U);
+  EXPECT_EQ(offsetof(ResponseRegion, gate), 128U);
   EXPECT_EQ(offsetof(ResponseRegion, modules), 256U);
   EXPECT_EQ(offsetof(ResponseRegion, responses), 256U + 64 * 128);
-  EXPECT_EQ(offsetof(ResponseRegion, payload), 12'288U);
+  EXPECT_EQ(offsetof(ResponseRegion, payload), 16'384U);
 }
 
 // Goal: the hash really covers the layout. Method: one value of it changed gives another hash.
