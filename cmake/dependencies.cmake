@@ -31,7 +31,20 @@ if(REFIT_TORCH)
   endif()
 endif()
 
-message(STATUS "CUDA: not part of this build; host memory only.")
+# The driver is found at run time (core/memory/cuda/driver.hpp), so that headers are all it takes.
+set(REFIT_HAVE_CUDA OFF)
+if(REFIT_CUDA)
+  find_path(REFIT_CUDA_INCLUDE cudaTypedefs.h HINTS ENV CUDA_PATH PATHS /usr/local/cuda PATH_SUFFIXES include
+    DOC "headers of the CUDA toolkit, 13.0 or newer")
+  if(REFIT_CUDA_INCLUDE)
+    set(REFIT_HAVE_CUDA ON)
+    add_library(refit_cuda_headers INTERFACE)
+    target_include_directories(refit_cuda_headers SYSTEM INTERFACE ${REFIT_CUDA_INCLUDE})
+  else()
+    message(STATUS "CUDA's headers not found: device memory is left out of this build; host memory only. "
+                   "Install a CUDA toolkit (13.0 or newer), or set CUDA_PATH to one.")
+  endif()
+endif()
 
 # g++ 12 warns of overlapping copies inside its own std::string (GCC bug 105651).
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)

@@ -176,11 +176,14 @@ void update_with_elements(Hasher& hasher, const TensorView& tensor) {
   hasher.update(gathered.data(), used);
 }
 
+void update_with_prefix(Hasher& hasher, DigestKind kind, const TensorSpec& spec) {
+  if (kind != DigestKind::sglang) return;
+  hasher.update(dtype_name(spec.dtype));
+  hasher.update(shape_repr(spec.shape));
+}
+
 Digest digest_tensor(Hasher& hasher, DigestKind kind, const TensorView& tensor) {
-  if (kind == DigestKind::sglang) {
-    hasher.update(dtype_name(tensor.spec->dtype));
-    hasher.update(shape_repr(tensor.spec->shape));
-  }
+  update_with_prefix(hasher, kind, *tensor.spec);
   update_with_elements(hasher, tensor);
   return hasher.finish();
 }

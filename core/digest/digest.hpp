@@ -45,6 +45,9 @@ struct TensorView {
 /// Feeds a tensor's bytes to `hasher` in row-major order, whatever its strides. No prefix.
 void update_with_elements(Hasher& hasher, const TensorView& tensor);
 
+/// Feeds what the digest of one tensor begins with: of `sglang` dtype and shape, of others nothing.
+void update_with_prefix(Hasher& hasher, DigestKind kind, const TensorSpec& spec);
+
 /// The digest of one tensor. `sglang` hashes str(dtype), repr(shape) and the row-major bytes, as
 /// SGLang's compute_tensor_sha256; `raw` and `xxh3` the bytes alone.
 [[nodiscard]] Digest digest_tensor(Hasher& hasher, DigestKind kind, const TensorView& tensor);

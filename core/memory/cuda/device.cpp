@@ -1,0 +1,121 @@
+#include "memory/cuda/device.hpp"
+
+#include <algorithm>
+#include <cstring>
+
+namespace refit::cuda {
+
+std::string DeviceUuid::text() const {
+  static constexpr char kDigits[] = "0123456789abcdef";
+  std::string text = "GPU-";
+  for (std::size_t i = 0; i < bytes.size(); ++i) {
+    if (i == 4 || i == 6 || i == 8 || i == 10) text += '-';
+    text += kDigits[bytes[i] >> 4];
+    text += kDigits[bytes[i] & 15];
+  }
+  return text;
+}
+
+Context::~Context() {
+  // Fails only where the driver is already gone, at the end of the process.
+  static_cast<void>(driver_.primary_ctx_release(device_.ordinal));
+}
+
+Result<Current> Current::enter(const Context& context) {
+  REFIT_TRY_CUDA(context.driver(), ctx_push_current(context.handle()),
+                 context.device().label() + ": entering its context (cuCtxPushCurrent)");
+  return Current(context.driver());
+}
+
+Current::~Current() {
+  CUcontext popped = nullptr;
+  if (driver_ != nullptr) static_cast<void>(driver_->ctx_pop_current(&popped));
+}
+
+Result<std::shared_ptr<Devices>> Devices::open() {
+  const Result<Driver>& driver = Driver::get();
+  if (!driver) return Unexpected(driver.error());
+  std::shared_ptr<Devices> devices(new Devices(*driver));
+  REFIT_TRY(devices->read());
+  return devices;
+}
+
+Result<void> Devices::read() {
+  int count = 0;
+  REFIT_TRY_CUDA(driver_, device_get_count(&count), "counting devices (cuDeviceGetCount)");
+  for (int i = 0; i < count; ++i) {
+    const std::string label = "device " + std::to_string(i);
+    Device device;
+    REFIT_TRY_CUDA(driver_, device_get(&device.ordinal, i), label + " (cuDeviceGet)");
+    CUuuid uuid{};
+    REFIT_TRY_CUDA(driver_, device_get_uuid(&uuid, device.ordinal),
+                   label + ": its UUID (cuDeviceGetUuid)");
+    std::memcpy(device.uuid.bytes.data(), uuid.bytes, sizeof uuid.bytes);
+    char name[256] = {};
+    REFIT_TRY_CUDA(driver_, device_get_name(name, sizeof name - 1, device.ordinal),
+                   label + ": its name (cuDeviceGetName)");
+    device.name = name;
+    std::size_t bytes = 0;
+    REFIT_TRY_CUDA(driver_, device_total_mem(&bytes, device.ordinal),
+                   label + ": its memory (cuDeviceTotalMem)");
+    device.memory_bytes = bytes;
+    // A driver that does not know an attribute does not have what it stands for.
+    const auto attribute = [&](CUdevice_attribute which) {
+      int value = 0;
+      const CUresult code = driver_.device_get_attribute(&value, which, device.ordinal);
+      return code == CUDA_SUCCESS ? value : 0;
+    };
+    device.compute_mode = static_cast<CUcomputemode>(attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_MODE));
+    device.vmm = attribute(CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED) != 0;
+    device.posix_fd_handles =
+        attribute(CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED) != 0;
+    device.ipc_events = attribute(CU_DEVICE_ATTRIBUTE_IPC_EVENT_SUPPORTED) != 0;
+    device.unified_addressing = attribute(CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING) != 0;
+    device.read_only_host_register =
+        attribute(CU_DEVICE_ATTRIBUTE_READ_ONLY_HOST_REGISTER_SUPPORTED) != 0;
+    devices_.push_back(std::move(device));
+  }
+  for (Device& device : devices_) {
+    for (const Device& peer : devices_) {
+      int can = 0;
+      if (peer.ordinal != device.ordinal &&
+          driver_.device_can_access_peer(&can, peer.ordinal, device.ordinal) == CUDA_SUCCESS &&
+          can != 0)
+        device.peers.push_back(peer.ordinal);
+    }
+  }
+  contexts_.resize(devices_.size());
+  return {};
+}
+
+const Device* Devices::find(const DeviceUuid& uuid) const noexcept {
+  const auto found = std::find_if(devices_.begin(), devices_.end(),
+                                  [&](const Device& device) { return device.uuid == uuid; });
+  return found == devices_.end() ? nullptr : &*found;
+}
+
+const Device* Devices::find(CUdevice ordinal) const noexcept {
+  const auto found = std::find_if(devices_.begin(), devices_.end(),
+                                  [&](const Device& device) { return device.ordinal == ordinal; });
+  return found == devices_.end() ? nullptr : &*found;
+}
+
+Result<std::shared_ptr<const Context>> Devices::context(const Device& device) {
+  const auto index = static_cast<std::size_t>(&device - devices_.data());
+  REFIT_ASSERT(index < devices_.size());
+  const std::lock_guard lock(mutex_);
+  std::shared_ptr<const Context>& context = contexts_[index];
+  if (context != nullptr) return context;
+  CUcontext handle = nullptr;
+  const CUresult code = driver_.primary_ctx_retain(&handle, device.ordinal);
+  if (code != CUDA_SUCCESS) {
+    std::string what = device.label() + ": retaining its context (cuDevicePrimaryCtxRetain)";
+    if (device.compute_mode != CU_COMPUTEMODE_DEFAULT)
+      what += "; its compute mode lets one process in, or none: nvidia-smi -c DEFAULT lets several";
+    return fail_cuda(driver_, what, code);
+  }
+  context = std::make_shared<const Context>(driver_, device, handle);
+  return context;
+}
+
+}  // namespace refit::cuda

@@ -1,0 +1,238 @@
+// The daemon's devices, by CUDA: what stands behind memory/devices.hpp.
+#include "memory/devices.hpp"
+
+#include <algorithm>
+#include <condition_variable>
+#include <cstring>
+#include <mutex>
+#include <utility>
+
+#include "memory/cuda/device.hpp"
+#include "memory/cuda/device_copier.hpp"
+#include "memory/cuda/device_reader.hpp"
+#include "memory/cuda/event.hpp"
+#include "memory/cuda/import.hpp"
+#include "memory/cuda/pinned.hpp"
+
+namespace refit::cuda {
+namespace {
+
+/// Of a reader: two chunks.
+constexpr std::size_t kReadBytes = std::size_t{8} << 20;
+
+std::byte* pointer_of(CUdeviceptr address) noexcept {
+  // NOLINTNEXTLINE(performance-no-int-to-ptr): the driver's addresses are numbers
+  return reinterpret_cast<std::byte*>(address);
+}
+CUdeviceptr address_of(const std::byte* pointer) noexcept {
+  return reinterpret_cast<CUdeviceptr>(pointer);
+}
+
+class ImportedRange final : public DeviceRange {
+ public:
+  explicit ImportedRange(std::shared_ptr<const DeviceMemory> memory)
+      : DeviceRange(pointer_of(memory->address), memory->bytes, memory->context->device().ordinal),
+        memory_(std::move(memory)) {}
+
+ private:
+  std::shared_ptr<const DeviceMemory> memory_;
+};
+
+class Pinned final : public PinnedMemory {
+ public:
+  explicit Pinned(PinnedRange range) : range_(std::move(range)) {}
+
+ private:
+  PinnedRange range_;
+};
+
+class OpenedEvent final : public DeviceEvent {
+ public:
+  explicit OpenedEvent(IpcEvent event) : event_(std::move(event)) {}
+  [[nodiscard]] CUevent get() const noexcept { return event_.get(); }
+
+ private:
+  IpcEvent event_;
+};
+
+CUevent event_of(const DeviceEvent* event) noexcept {
+  return event == nullptr ? nullptr : static_cast<const OpenedEvent*>(event)->get();
+}
+
+class Job final : public DeviceJob {
+ public:
+  explicit Job(DeviceCopier& copier) : copier_(copier) {}
+
+  Result<void> prepare(std::span<const DeviceOp> ops) {
+    std::vector<DeviceCopyOp> wanted;
+    wanted.reserve(ops.size());
+    for (const DeviceOp& op : ops) {
+      wanted.push_back({{address_of(op.copy.source), op.source_device},
+                        {address_of(op.copy.target), op.target_device},
+                        op.copy.run_bytes,
+                        op.copy.loop_count,
+                        op.copy.loops});
+    }
+    return job_.prepare(copier_, wanted);
+  }
+
+  void set_target_base(std::byte* base) noexcept override {
+    job_.set_target_base(address_of(base));
+  }
+  void submit(const DeviceEvent* source, const DeviceEvent* engine, Done done,
+              void* context) noexcept override {
+    Fences fences;
+    fences.source[0] = event_of(source);
+    fences.engine[0] = event_of(engine);
+    job_.wait_for(fences);
+    done_ = done;
+    context_ = context;
+    job_.on_done(
+        [](void* self, DeviceCopyOutcome outcome) {
+          const auto& job = *static_cast<Job*>(self);
+          job.done_(job.context_, {static_cast<int>(outcome.code), outcome.call, outcome.sticky});
+        },
+        this);
+    copier_.submit(job_);
+  }
+  [[nodiscard]] std::uint64_t bytes() const noexcept override { return job_.bytes(); }
+
+ private:
+  DeviceCopier& copier_;
+  DeviceCopyJob job_;
+  Done done_ = nullptr;
+  void* context_ = nullptr;
+};
+
+class CudaDevices final : public refit::Devices {
+ public:
+  CudaDevices(std::shared_ptr<cuda::Devices> devices, std::unique_ptr<DeviceCopier> copier,
+              bool legacy_across_uids)
+      : devices_(std::move(devices)),
+        importer_(devices_, legacy_across_uids),
+        copier_(std::move(copier)) {}
+
+  Result<std::shared_ptr<DeviceRange>> import(const refit::Exporter& exporter, DeviceClaim claim,
+                                              Access access, const std::string& label) override {
+    Exported exported;
+    exported.device.bytes = claim.device;
+    exported.kind = static_cast<HandleKind>(claim.kind);
+    exported.bytes = claim.bytes;
+    for (DevicePiece& piece : claim.pieces) {
+      Piece one;
+      std::memcpy(one.handle.data(), piece.handle.data(), one.handle.size());
+      one.fd = std::move(piece.fd);
+      one.bytes = piece.bytes;
+      one.allocation_id = claim.allocation;
+      exported.address = piece.address;
+      exported.pieces.push_back(std::move(one));
+    }
+    const Exporter who{exporter.session, static_cast<pid_t>(exporter.pid), exporter.uid};
+    REFIT_TRY_ASSIGN(auto memory, importer_.open(who, exported, access, label));
+    return std::static_pointer_cast<DeviceRange>(
+        std::make_shared<ImportedRange>(std::move(memory)));
+  }
+
+  Result<std::shared_ptr<PinnedMemory>> pin(const Mapping& mapping, Access access,
+                                            const std::string& label) override {
+    // Portable: pinned for every device, by whichever one.
+    REFIT_TRY_ASSIGN(auto context, devices_->context(devices_->all().front()));
+    REFIT_TRY_ASSIGN(auto range, PinnedRange::pin(std::move(context), mapping.data(),
+                                                  mapping.bytes(), access, label));
+    return std::static_pointer_cast<PinnedMemory>(std::make_shared<Pinned>(std::move(range)));
+  }
+
+  Result<std::shared_ptr<DeviceEvent>> open_event(const refit::DeviceUuid& uuid,
+                                                  const refit::IpcHandle& handle,
+                                                  const std::string& label) override {
+    const Device* device = devices_->find(DeviceUuid{uuid});
+    if (device == nullptr) {
+      return fail(Errc::bad_region, label + ": its event is of device " + DeviceUuid{uuid}.text() +
+                                        ", which this daemon does not see");
+    }
+    REFIT_TRY_ASSIGN(auto context, devices_->context(*device));
+    IpcHandle bytes;
+    std::memcpy(bytes.data(), handle.data(), bytes.size());
+    REFIT_TRY_ASSIGN(auto event, IpcEvent::open(std::move(context), bytes, label));
+    return std::static_pointer_cast<DeviceEvent>(std::make_shared<OpenedEvent>(std::move(event)));
+  }
+
+  Result<std::unique_ptr<DeviceJob>> prepare(std::span<const DeviceOp> ops) override {
+    auto job = std::make_unique<Job>(*copier_);
+    REFIT_TRY(job->prepare(ops));
+    return std::unique_ptr<DeviceJob>(std::move(job));
+  }
+
+  Result<void> read(const DeviceRange& range, std::uint64_t begin, std::uint64_t bytes,
+                    const std::function<void(std::span<const std::byte>)>& take) override {
+    REFIT_TRY_ASSIGN(auto reader, take_reader(range.device()));
+    auto outcome = reader->reader->read(address_of(range.address()) + begin, bytes, take);
+    const std::lock_guard lock(mutex_);
+    if (outcome) readers_.push_back(std::move(reader));
+    return outcome;
+  }
+
+  [[nodiscard]] WorkerReading read_worker() noexcept override { return copier_->read_worker(); }
+
+ private:
+  /// A reader and its pinned memory; one for each thread that reads at once.
+  struct Reader {
+    int device = 0;
+    std::unique_ptr<std::byte[], void (*)(std::byte*)> memory{nullptr, nullptr};
+    std::unique_ptr<PinnedRange> pinned;
+    std::unique_ptr<DeviceReader> reader;
+  };
+
+  Result<std::unique_ptr<Reader>> take_reader(int ordinal) {
+    {
+      const std::lock_guard lock(mutex_);
+      const auto found = std::find_if(readers_.begin(), readers_.end(),
+                                      [&](const auto& one) { return one->device == ordinal; });
+      if (found != readers_.end()) {
+        auto reader = std::move(*found);
+        readers_.erase(found);
+        return reader;
+      }
+    }
+    const Device* device = devices_->find(static_cast<CUdevice>(ordinal));
+    REFIT_ASSERT(device != nullptr);
+    REFIT_TRY_ASSIGN(auto context, devices_->context(*device));
+    auto reader = std::make_unique<Reader>();
+    reader->device = ordinal;
+    reader->memory = {static_cast<std::byte*>(::operator new[](kReadBytes, kPage)),
+                      [](std::byte* memory) { ::operator delete[](memory, kPage); }};
+    REFIT_TRY_ASSIGN(auto pinned,
+                     PinnedRange::pin(context, reader->memory.get(), kReadBytes, Access::read_write,
+                                      "the memory that digests read through"));
+    reader->pinned = std::make_unique<PinnedRange>(std::move(pinned));
+    REFIT_TRY_ASSIGN(reader->reader,
+                     DeviceReader::create(context, {reader->memory.get(), kReadBytes}));
+    return reader;
+  }
+
+  static constexpr std::align_val_t kPage{4096};
+
+  std::shared_ptr<cuda::Devices> devices_;
+  std::mutex mutex_;
+  Importer importer_;
+  std::vector<std::unique_ptr<Reader>> readers_;  ///< that nobody uses; guarded by mutex_
+  std::unique_ptr<DeviceCopier> copier_;
+};
+
+}  // namespace
+}  // namespace refit::cuda
+
+namespace refit {
+
+Result<std::unique_ptr<Devices>> Devices::create(const DeviceOptions& options) {
+  REFIT_TRY_ASSIGN(auto devices, cuda::Devices::open());
+  REFIT_TRY_ASSIGN(auto copier, cuda::DeviceCopier::create(devices));
+  return std::unique_ptr<Devices>(std::make_unique<cuda::CudaDevices>(
+      std::move(devices), std::move(copier), options.legacy_across_uids));
+}
+
+bool Devices::is_lost(const Error& error) noexcept {
+  return error.code == Errc::cuda && cuda::is_sticky(static_cast<CUresult>(error.native));
+}
+
+}  // namespace refit

@@ -1,0 +1,155 @@
+// Devices: all that the daemon does with GPU memory, without a word of CUDA: import what clients
+// export, pin host memory, copy, and read back.
+//
+// Behind it stands core/memory/cuda, or nothing where that was not built or the host has no driver;
+// then create() says so and everything else goes on. import(), pin(), open_event() and read() block
+// in the driver and are for background threads; jobs are prepared where their plan is made, and
+// submitted by the loop.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "ipc/segment.hpp"
+#include "memory/copy_pool.hpp"
+#include "posix/heartbeat.hpp"
+#include "refit/result.hpp"
+
+namespace refit {
+
+/// Where a region's memory is. The numbers travel on the wire.
+enum class RegionKind : std::uint8_t {
+  host = 0,
+  cuda_legacy = 1,  ///< cuIpcMemHandle of a whole allocation
+  cuda_vmm = 2,     ///< POSIX fds of one or more segments
+  cuda_local = 3,   ///< an address of this very process, which may not open its own handles
+};
+
+using DeviceUuid = std::array<std::uint8_t, 16>;
+inline constexpr std::size_t kIpcHandleBytes = 64;
+using IpcHandle = std::array<std::uint8_t, kIpcHandleBytes>;
+
+/// One allocation as its exporter describes it.
+struct DevicePiece {
+  std::uint64_t bytes = 0;
+  IpcHandle handle{};         ///< legacy
+  UniqueFd fd;                ///< vmm
+  std::uint64_t address = 0;  ///< local
+};
+
+/// A region of device memory as a client claims it. Nothing in it is trusted.
+struct DeviceClaim {
+  RegionKind kind = RegionKind::cuda_legacy;
+  DeviceUuid device{};
+  std::uint64_t allocation = 0;     ///< BUFFER_ID of the first piece, in the exporter
+  std::vector<DevicePiece> pieces;  ///< in the order of their addresses, one behind the other
+  std::uint64_t bytes = 0;          ///< of all of them
+};
+
+/// Who exports: handles of one process mean nothing for another.
+struct Exporter {
+  std::uint64_t session = 0;  ///< unique in this process's life
+  std::uint32_t pid = 0;      ///< pid and uid as the kernel told them
+  std::uint32_t uid = 0;
+};
+
+/// Device memory that this process can address, for as long as somebody holds it.
+class DeviceRange {
+ public:
+  virtual ~DeviceRange() = default;
+  /// For copies on the device; a CPU that follows it dies.
+  [[nodiscard]] std::byte* address() const noexcept { return address_; }
+  [[nodiscard]] std::uint64_t bytes() const noexcept { return bytes_; }
+  /// Its device's number in this process.
+  [[nodiscard]] int device() const noexcept { return device_; }
+
+ protected:
+  DeviceRange(std::byte* address, std::uint64_t bytes, int device) noexcept
+      : address_(address), bytes_(bytes), device_(device) {}
+
+ private:
+  std::byte* address_;
+  std::uint64_t bytes_;
+  int device_;
+};
+
+/// Host memory that devices copy from and to, for as long as somebody holds it.
+class PinnedMemory {
+ public:
+  virtual ~PinnedMemory() = default;
+};
+
+/// Another process's event, for as long as somebody holds it.
+class DeviceEvent {
+ public:
+  virtual ~DeviceEvent() = default;
+};
+
+inline constexpr int kHostMemory = -1;
+
+/// As CopyOp; each end is on a device, or in pinned host memory (kHostMemory), not both there.
+struct DeviceOp {
+  CopyOp copy;
+  int source_device = kHostMemory;
+  int target_device = kHostMemory;
+};
+
+/// How a device job ended.
+struct DeviceOutcome {
+  int code = 0;           ///< CUresult; 0 is success
+  const char* call = "";  ///< the driver's function
+  /// No later job will do better: only another process can.
+  bool sticky = false;
+};
+
+/// Copies that are prepared once and run many times; see CopyJob for what holds of it.
+class DeviceJob {
+ public:
+  using Done = void (*)(void* context, DeviceOutcome outcome);
+  virtual ~DeviceJob() = default;
+  /// Moves all targets: what was prepared for address 0 is written to `base`. Not while it runs.
+  virtual void set_target_base(std::byte* base) noexcept = 0;
+  /// Starts it, after what the events stand for; null ones are left out. `done` comes on a thread
+  /// of the devices. Allocates nothing.
+  virtual void submit(const DeviceEvent* source, const DeviceEvent* engine, Done done,
+                      void* context) noexcept = 0;
+  [[nodiscard]] virtual std::uint64_t bytes() const noexcept = 0;
+};
+
+struct DeviceOptions {
+  bool legacy_across_uids = false;  ///< take legacy handles of other users' processes
+};
+
+class Devices {
+ public:
+  /// Errors: Errc::unsupported where this build or this host has no CUDA; the message says which.
+  static Result<std::unique_ptr<Devices>> create(const DeviceOptions& options);
+  /// The error is one after which a device answers nothing any more in this process.
+  [[nodiscard]] static bool is_lost(const Error& error) noexcept;
+  virtual ~Devices() = default;
+
+  /// Opens, or finds open, what a client exported. Errors: Errc::bad_region names the region and
+  /// what is wrong with it, Errc::permission for a legacy handle of another uid, Errc::cuda.
+  virtual Result<std::shared_ptr<DeviceRange>> import(const Exporter& exporter, DeviceClaim claim,
+                                                      Access access, const std::string& label) = 0;
+  virtual Result<std::shared_ptr<PinnedMemory>> pin(const Mapping& mapping, Access access,
+                                                    const std::string& label) = 0;
+  virtual Result<std::shared_ptr<DeviceEvent>> open_event(const DeviceUuid& device,
+                                                          const IpcHandle& handle,
+                                                          const std::string& label) = 0;
+  /// Errors: Errc::unsupported for copies that no driver call does; Errc::cuda.
+  virtual Result<std::unique_ptr<DeviceJob>> prepare(std::span<const DeviceOp> ops) = 0;
+  /// Hands out the bytes of [begin, begin + bytes) of `range` in order, in spans that live as long
+  /// as the call of `take`. Any thread.
+  virtual Result<void> read(const DeviceRange& range, std::uint64_t begin, std::uint64_t bytes,
+                            const std::function<void(std::span<const std::byte>)>& take) = 0;
+  [[nodiscard]] virtual WorkerReading read_worker() noexcept = 0;
+};
+
+}  // namespace refit
