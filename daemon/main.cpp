@@ -25,6 +25,8 @@ int exit_code_of(const Error& error) {
       return kExitBadConfiguration;
     case Errc::permission:
       return kExitPermission;
+    case Errc::cuda:
+      return kExitDeviceLost;
     default:
       return error.native == EACCES || error.native == EPERM ? kExitPermission : kExitFailure;
   }

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "digest/digest.hpp"
+#include "fence.hpp"
 #include "residency_state.hpp"
 
 namespace refit {
@@ -188,8 +189,11 @@ HeldState Gate::held_of(const Slot& slot) const noexcept {
   switch (reading.word.state) {
     case ModuleState::writing:
     case ModuleState::poisoned:
-      // The record of an unfinished write names the version that the bytes never became.
-      return {slot.held.version, reading.transaction, true, reading.selection, slot.held.asleep};
+      // The record of an unfinished write names the version that the bytes never became. The one
+      // before it may have been committed without this side having seen it.
+      return {std::max(slot.held.version,
+                       reading.version - std::min<std::uint64_t>(1, reading.version)),
+              reading.transaction, true, reading.selection, slot.held.asleep};
     case ModuleState::initial:
     case ModuleState::committed:
       return {reading.version, reading.transaction, false, reading.selection, slot.held.asleep};
@@ -236,6 +240,13 @@ Gate::Progress Gate::pump() {
   answered_epoch_ = gate.epoch;
   answered_flags_ = gate.flags;
   hold_still();
+  for (const Slot& slot : slots_) {
+    if (mark_end_of_work(slot.spec)) continue;
+    // Nobody could order the copy behind this engine's work.
+    go_on();
+    refuse(gate.epoch);
+    return Progress::idle;
+  }
   // Pairs with the daemon's load in Transaction::all_ready.
   session_->request_region().gate_answer.store(AnswerWord{gate.epoch, AnswerState::ready}.pack());
   session_->ring_daemon();
@@ -264,6 +275,12 @@ void Gate::release() {
   }
   go_on();
   if (any) event_ = std::move(event);
+}
+
+void Gate::leave() {
+  if (!holding_.load()) return;
+  for (const Slot& slot : slots_) settle_devices(slot.spec);
+  release();
 }
 
 bool Gate::withdraw() {

@@ -75,10 +75,9 @@ class Gate {
   /// Answers a question of the daemon with no, so that its trainer need not wait for the deadline.
   void refuse(std::uint64_t epoch) noexcept;
 
-  /// Once the daemon is dead: leaves the gate; what it had committed stands in take_event().
-  void leave() {
-    if (holding_.load()) release();
-  }
+  /// Once the daemon is dead: waits for what devices still do for it and leaves the gate; what it
+  /// had committed stands in take_event().
+  void leave();
 
   std::optional<GateEvent> take_event();
 

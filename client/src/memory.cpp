@@ -14,7 +14,10 @@ struct SharedMemory::State {
   Mapping mapping;
 };
 
-SharedMemory::SharedMemory(std::unique_ptr<State> state) noexcept : state_(std::move(state)) {}
+Memory::~Memory() = default;
+
+SharedMemory::SharedMemory(std::unique_ptr<State> state) noexcept
+    : Memory(state->mapping.data(), state->mapping.bytes()), state_(std::move(state)) {}
 SharedMemory::~SharedMemory() = default;
 
 Result<std::shared_ptr<SharedMemory>> SharedMemory::allocate(std::size_t bytes, const char* label) {
@@ -35,11 +38,9 @@ Result<std::shared_ptr<SharedMemory>> SharedMemory::allocate(std::size_t bytes, 
   return std::shared_ptr<SharedMemory>(new SharedMemory(std::move(state)));
 }
 
-std::byte* SharedMemory::data() const noexcept { return state_->mapping.data(); }
-std::size_t SharedMemory::bytes() const noexcept { return state_->mapping.bytes(); }
 int SharedMemory::fd() const noexcept { return state_->fd.get(); }
 
-bool SharedMemory::contains(const void* address, std::size_t size) const noexcept {
+bool Memory::contains(const void* address, std::size_t size) const noexcept {
   const auto start = reinterpret_cast<std::uintptr_t>(data());
   const auto first = reinterpret_cast<std::uintptr_t>(address);
   return first >= start && first - start <= bytes() && size <= bytes() - (first - start);

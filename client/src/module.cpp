@@ -6,7 +6,7 @@
 
 namespace refit {
 
-std::uint32_t ModuleSpec::add_region(const std::shared_ptr<SharedMemory>& memory) {
+std::uint32_t ModuleSpec::add_region(const std::shared_ptr<Memory>& memory) {
   const auto found = std::find(regions_.begin(), regions_.end(), memory);
   if (found != regions_.end()) return static_cast<std::uint32_t>(found - regions_.begin());
   regions_.push_back(memory);
@@ -14,7 +14,7 @@ std::uint32_t ModuleSpec::add_region(const std::shared_ptr<SharedMemory>& memory
 }
 
 Result<void> ModuleSpec::add(std::string tensor, DType dtype, Dims shape,
-                             const std::shared_ptr<SharedMemory>& memory, const void* data,
+                             const std::shared_ptr<Memory>& memory, const void* data,
                              Dims strides) {
   if (!memory->contains(data, 0)) {
     return fail(Errc::bad_region,
@@ -38,7 +38,7 @@ Result<void> ModuleSpec::add(std::string tensor, DType dtype, Dims shape,
   return {};
 }
 
-Result<std::uint32_t> ModuleSpec::add_layer_buffer(const std::shared_ptr<SharedMemory>& memory,
+Result<std::uint32_t> ModuleSpec::add_layer_buffer(const std::shared_ptr<Memory>& memory,
                                                    const void* data, std::uint64_t bytes) {
   if (!memory->contains(data, bytes)) {
     return fail(Errc::bad_region, name_ + ": layer buffer " + std::to_string(layer_bytes_.size()) +
@@ -51,7 +51,7 @@ Result<std::uint32_t> ModuleSpec::add_layer_buffer(const std::shared_ptr<SharedM
   return static_cast<std::uint32_t>(layer_bytes_.size() - 1);
 }
 
-std::uint32_t ModuleSpec::add_pool(const std::shared_ptr<SharedMemory>& memory) {
+std::uint32_t ModuleSpec::add_pool(const std::shared_ptr<Memory>& memory) {
   const std::uint32_t region = add_region(memory);
   if (is_pool(region)) return region;
   pools_.push_back(region);

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "ipc/handshake.hpp"
+#include "memory/device_sharing.hpp"
 
 namespace refit {
 namespace {
@@ -34,6 +35,66 @@ std::vector<NamedDigest> digests_from_wire(
   return copied;
 }
 
+using Tickets = std::vector<std::uint64_t>;
+
+/// The fds of every region, and the tickets that they went under: one for host memory, one for each
+/// segment of a VMM range, none for what needs none.
+Result<std::vector<Tickets>> send_fds(Session& session, const ModuleSpec& module,
+                                      Deadline deadline) {
+  std::vector<std::vector<int>> fds;
+  std::size_t count = 0;
+  for (const auto& memory : module.regions()) {
+    auto& of_region = fds.emplace_back();
+    if (const auto* host = dynamic_cast<const SharedMemory*>(memory.get()))
+      of_region.push_back(host->fd());
+    if (const auto* device = dynamic_cast<const DeviceMemory*>(memory.get())) {
+      REFIT_TRY(device->shared().still_there());
+      for (const DevicePiece& piece : device->shared().claim().pieces) {
+        if (piece.fd) of_region.push_back(piece.fd.get());
+      }
+    }
+    count += of_region.size();
+  }
+  if (count > kUnclaimedTicketsMax) {
+    return fail(Errc::quota, module.name() + ": " + std::to_string(count) +
+                                 " regions and segments that need an fd; the limit is " +
+                                 std::to_string(kUnclaimedTicketsMax) +
+                                 " (put tensors into fewer, larger regions)");
+  }
+  std::vector<Tickets> tickets;
+  for (const auto& of_region : fds) {
+    auto& sent = tickets.emplace_back();
+    for (const int fd : of_region) {
+      REFIT_TRY_ASSIGN(const std::uint64_t ticket, session.send_fd(fd, deadline));
+      sent.push_back(ticket);
+    }
+  }
+  return tickets;
+}
+
+template <std::size_t kBytes>
+flatbuffers::Offset<flatbuffers::Vector<std::uint8_t>> bytes_of(
+    flatbuffers::FlatBufferBuilder& fbb, const std::array<std::uint8_t, kBytes>& bytes) {
+  return fbb.CreateVector(bytes.data(), bytes.size());
+}
+
+flatbuffers::Offset<wire::Region> device_region(flatbuffers::FlatBufferBuilder& fbb,
+                                                const DeviceClaim& claim, const Tickets& tickets,
+                                                bool pool) {
+  std::vector<flatbuffers::Offset<wire::DevicePiece>> pieces;
+  for (std::size_t i = 0; i < claim.pieces.size(); ++i) {
+    const DevicePiece& piece = claim.pieces[i];
+    flatbuffers::Offset<flatbuffers::Vector<std::uint8_t>> handle;
+    if (claim.kind == RegionKind::cuda_legacy) handle = bytes_of(fbb, piece.handle);
+    const std::uint64_t ticket = claim.kind == RegionKind::cuda_vmm ? tickets[i] : 0;
+    pieces.push_back(wire::CreateDevicePiece(fbb, piece.bytes, ticket, handle));
+  }
+  const auto device = bytes_of(fbb, claim.device);
+  const auto list = fbb.CreateVector(pieces);
+  return wire::CreateRegion(fbb, 0, claim.bytes, pool, static_cast<wire::RegionKind>(claim.kind),
+                            device, list, claim.allocation);
+}
+
 Unexpected wrong_body(const char* what) {
   return fail(Errc::protocol, std::string("the daemon's reply is not a ") + what);
 }
@@ -51,21 +112,16 @@ std::uint64_t daemon_budget_us(Deadline deadline) {
 Result<std::uint64_t> post_registration(Session& session, const ModuleSpec& module,
                                         const HeldState& held, Deadline deadline,
                                         std::uint32_t residency_base) {
-  if (module.regions().size() > kUnclaimedTicketsMax) {
-    return fail(Errc::quota, module.name() + ": " + std::to_string(module.regions().size()) +
-                                 " regions; the limit is " + std::to_string(kUnclaimedTicketsMax) +
-                                 " (put tensors into fewer, larger regions)");
-  }
-  std::vector<std::uint64_t> tickets;
-  for (const auto& memory : module.regions()) {
-    REFIT_TRY_ASSIGN(const std::uint64_t ticket, session.send_fd(memory->fd(), deadline));
-    tickets.push_back(ticket);
-  }
+  REFIT_TRY_ASSIGN(const std::vector<Tickets> tickets, send_fds(session, module, deadline));
   auto& fbb = session.builder();
   std::vector<flatbuffers::Offset<wire::Region>> regions;
   for (std::size_t i = 0; i < tickets.size(); ++i) {
-    regions.push_back(wire::CreateRegion(fbb, tickets[i], module.regions()[i]->bytes(),
-                                         module.is_pool(static_cast<std::uint32_t>(i))));
+    const bool pool = module.is_pool(static_cast<std::uint32_t>(i));
+    const auto* device = dynamic_cast<const DeviceMemory*>(module.regions()[i].get());
+    regions.push_back(
+        device == nullptr
+            ? wire::CreateRegion(fbb, tickets[i].front(), module.regions()[i]->bytes(), pool)
+            : device_region(fbb, device->shared().claim(), tickets[i], pool));
   }
   std::vector<flatbuffers::Offset<wire::Tensor>> tensors;
   tensors.reserve(module.tensors().size());
@@ -98,9 +154,15 @@ Result<std::uint64_t> post_registration(Session& session, const ModuleSpec& modu
   for (const std::uint64_t bytes : module.layer_buffers())
     buffers.push_back(wire::CreateLayerBuffer(fbb, bytes));
   const auto buffer_list = fbb.CreateVector(buffers);
-  fbb.Finish(wire::CreateRegisterModule(fbb, name, region_list, tensor_list, rule_list,
-                                        held.version, &transaction, held.poisoned, held.selection,
-                                        held.asleep, buffer_list, residency_base));
+  flatbuffers::Offset<flatbuffers::Vector<std::uint8_t>> event;
+  flatbuffers::Offset<flatbuffers::Vector<std::uint8_t>> event_device;
+  if (module.fence() != nullptr) {
+    event = bytes_of(fbb, module.fence()->event().handle());
+    event_device = bytes_of(fbb, module.fence()->event().device());
+  }
+  fbb.Finish(wire::CreateRegisterModule(
+      fbb, name, region_list, tensor_list, rule_list, held.version, &transaction, held.poisoned,
+      held.selection, held.asleep, buffer_list, residency_base, event, event_device));
   return session.post(wire::Opcode::register_module);
 }
 

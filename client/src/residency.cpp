@@ -86,7 +86,7 @@ void Residency::State::add_buffer(std::uint64_t bytes) {
   buffers_.push_back({bytes, {ResidencyState::absent, 0, 0, 0}});
 }
 
-void Residency::State::add_pool(std::uint32_t region, std::shared_ptr<SharedMemory> memory) {
+void Residency::State::add_pool(std::uint32_t region, std::shared_ptr<Memory> memory) {
   const std::lock_guard lock(mutex_);
   pools_.push_back({region, std::move(memory)});
 }

@@ -18,7 +18,7 @@ namespace refit {
 class Residency::State {
  public:
   void add_buffer(std::uint64_t bytes);
-  void add_pool(std::uint32_t region, std::shared_ptr<SharedMemory> memory);
+  void add_pool(std::uint32_t region, std::shared_ptr<Memory> memory);
 
   /// Says everything in `words` from now on, and nothing any more where it did before. Null:
   /// nowhere.
@@ -39,7 +39,7 @@ class Residency::State {
   };
   struct Pool {
     std::uint32_t region = 0;
-    std::shared_ptr<SharedMemory> memory;
+    std::shared_ptr<Memory> memory;
   };
   void set(std::size_t buffer, ResidencyState state, std::uint32_t region, std::uint64_t offset);
 

@@ -107,8 +107,7 @@ class Session : public Regions {
   Result<const wire::Reply*> take(std::uint64_t request);
   /// The deadline passed: tells the daemon that nobody waits for `request` any more.
   Unexpected give_up(std::uint64_t request);
-  void release_consumed_payloads();
-  std::byte* allocate_payload(std::size_t bytes);
+  Result<std::byte*> allocate_payload(std::size_t bytes);
 
   using Arena = boost::interprocess::basic_managed_external_buffer<
       char, boost::interprocess::rbtree_best_fit<boost::interprocess::null_mutex_family>,

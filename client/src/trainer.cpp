@@ -4,6 +4,7 @@
 #include <map>
 
 #include "bound_engines.hpp"
+#include "fence.hpp"
 #include "other_daemon.hpp"
 #include "reconnect.hpp"
 #include "requests.hpp"
@@ -92,6 +93,11 @@ class Trainer::Impl {
                                  const TransactionId& transaction, bool reset_caches) {
     RefitReport report;
     report.transaction = transaction;
+    for (std::size_t i = 0; i < count; ++i) {
+      const std::string& source = targets[i].source.empty() ? targets[i].module : targets[i].source;
+      const auto found = modules_.find(source);
+      if (found != modules_.end()) REFIT_TRY(mark_end_of_work(found->second));
+    }
     auto& fbb = session_->builder();
     target_offsets_.clear();
     for (std::size_t i = 0; i < count; ++i) target_offsets_.push_back(encode(fbb, targets[i]));

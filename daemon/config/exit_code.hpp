@@ -14,7 +14,9 @@
   X(kExitBadArguments, 2, "bad arguments, or no socket to serve")                               \
   X(kExitPermission, 4, "no permission: the system refused the socket or its directory")        \
   X(kExitMissingLibrary, 5, "a driver or library is missing; no build for host memory ends so") \
-  X(kExitBadConfiguration, 6, "bad configuration; every error is named with file, line and column")
+  X(kExitBadConfiguration, 6,                                                                   \
+    "bad configuration; every error is named with file, line and column")                       \
+  X(kExitDeviceLost, 10, "a GPU answers nothing any more in this process: start another")
 
 namespace refit::daemon {
 

@@ -115,17 +115,22 @@ class FileReader {
                  (meant ? "; did you mean " + std::string(*meant) + "?" : "; known keys: " + list));
   }
 
+  static bool is_section(const std::string& word) {
+    return std::any_of(options().begin(), options().end(),
+                       [&](const Option& one) { return one.key.starts_with(word + "."); });
+  }
+
   void read_top(const toml::key& key, const toml::node& node) {
     if (key.str() == "engine") return read_rules(node);
-    if (key.str() == "limits") {
-      const toml::table* section = node.as_table();
-      if (section == nullptr)
-        return complain(node.source(), "limits is a section, [limits], and not " + shown(node));
-      for (const auto& [name, value] : *section)
-        read_option("limits." + std::string(name.str()), name, value);
-      return;
+    const std::string word(key.str());
+    if (!is_section(word)) return read_option(word, key, node);
+    const toml::table* section = node.as_table();
+    if (section == nullptr) {
+      return complain(node.source(),
+                      word + " is a section, [" + word + "], and not " + shown(node));
     }
-    read_option(std::string(key.str()), key, node);
+    for (const auto& [name, value] : *section)
+      read_option(word + "." + std::string(name.str()), name, value);
   }
 
   void read_option(const std::string& full, const toml::key& key, const toml::node& node) {

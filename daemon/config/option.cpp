@@ -43,6 +43,10 @@ constexpr std::array kOptions{
            REFIT_AT(fd_timeout_ms)},
     Option{"verbose", "-v,--verbose", OptionType::boolean, 0, 0, 1, true,
            "Log sessions and registrations, not only trouble.", REFIT_AT(verbose)},
+    Option{"cuda.legacy_across_uids", "", OptionType::boolean, 0, 0, 1, false,
+           "Take legacy CUDA IPC handles of other users. Whoever knows such a handle has the "
+           "memory, and nobody can take it back; many drivers refuse them anyway.",
+           REFIT_AT(cuda.legacy_across_uids)},
     Option{"limits.sessions_per_uid", "", OptionType::integer, 64, 1, 4'096, true,
            "Trainers, engines and tools that may be connected.", REFIT_AT(limits.sessions_per_uid)},
     Option{"limits.requests_per_uid", "", OptionType::integer, 4'096, 1, 65'536, true,

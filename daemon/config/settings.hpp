@@ -35,6 +35,10 @@ struct EngineRule {
   friend bool operator==(const EngineRule&, const EngineRule&) = default;
 };
 
+struct CudaSettings {
+  bool legacy_across_uids = false;
+};
+
 struct Settings {
   /// The built-in values, from the option table.
   Settings();
@@ -46,6 +50,7 @@ struct Settings {
   std::uint64_t hello_timeout_ms = 0;
   std::uint64_t fd_timeout_ms = 0;
   bool verbose = false;
+  CudaSettings cuda;
   Limits limits;
   std::vector<EngineRule> engines;
 };

@@ -32,7 +32,7 @@ struct ManifestLimits {
   std::size_t tensors_max = 65'536;
   std::size_t name_bytes_max = 512;
   std::size_t dims_max = 8;
-  std::size_t regions_max = 64;
+  std::size_t regions_max = 4'096;
   std::size_t name_rules_max = 256;
   std::size_t pattern_bytes_max = 1'024;
   std::size_t layer_buffers_max = kLayerBuffersMax;

@@ -27,6 +27,23 @@ std::uint64_t bytes_of(const TensorSpec& spec) {
   return bytes;
 }
 
+/// From the first byte of the first element to behind the last one's; not of an empty tensor.
+std::uint64_t span_bytes(const TensorSpec& spec) {
+  std::uint64_t last = 0;
+  for (std::size_t i = 0; i < spec.shape.size(); ++i) last += (spec.shape[i] - 1) * spec.strides[i];
+  return (last + 1) * element_bytes(spec.dtype);
+}
+
+/// Its elements stand in row-major order without gaps.
+bool is_contiguous(const TensorSpec& spec) {
+  std::uint64_t expected = 1;
+  for (std::size_t i = spec.shape.size(); i-- > 0;) {
+    if (spec.shape[i] != 1 && spec.strides[i] != expected) return false;
+    expected *= spec.shape[i];
+  }
+  return true;
+}
+
 }  // namespace
 
 /// One check or digest request, from admission to reply.
@@ -116,8 +133,10 @@ class Checker::HashJob final : public BackgroundJob {
         operation_(operation),
         order_(std::move(order)),
         begins_(std::move(begins)) {
-    for (const Mapping& mapping : operation_.registration->regions)
-      ranges_.push_back({mapping.data(), mapping.bytes()});
+    for (const MappedRegion& region : operation_.registration->regions) {
+      if (region.kind == RegionKind::host)
+        ranges_.push_back({region.host.data(), region.host.bytes()});
+    }
   }
 
   template <typename Body>
@@ -138,12 +157,52 @@ class Checker::HashJob final : public BackgroundJob {
                  {}});
   }
 
+  /// Feeds the tensor's bytes from wherever they are: `offset` of `region`. False and an error if
+  /// they cannot be read.
+  bool feed(Hasher& hasher, const TensorSpec& spec, const MappedRegion& region,
+            std::uint64_t offset) {
+    if (region.kind == RegionKind::host) {
+      const TensorView view{&spec, region.data() + offset};
+      return guarded([&] { update_with_elements(hasher, view); }) || fault();
+    }
+    const auto devices =
+        operation_.owner.devices_.required(operation_.registration->manifest->label());
+    if (!devices) return fail(devices.error());
+    if (bytes_of(spec) == 0) return true;
+    const std::uint64_t span = span_bytes(spec);
+    std::vector<std::byte> gathered;  // of a strided tensor only: all that its elements lie among
+    const bool strided = !is_contiguous(spec);
+    if (strided) gathered.reserve(span);
+    const auto read =
+        (*devices)->read(*region.device, offset, span, [&](std::span<const std::byte> chunk) {
+          if (strided) {
+            gathered.insert(gathered.end(), chunk.begin(), chunk.end());
+          } else {
+            hasher.update(chunk.data(), chunk.size());
+          }
+        });
+    if (!read) return fail(read.error());
+    if (strided) update_with_elements(hasher, {&spec, gathered.data()});
+    return true;
+  }
+
+  /// The tensor's digest. None after an error, which leaves the hasher in the middle of a stream.
+  std::optional<Digest> digest_at(Hasher& hasher, const TensorSpec& spec,
+                                  const MappedRegion& region, std::uint64_t offset) {
+    update_with_prefix(hasher, operation_.kind, spec);
+    if (!feed(hasher, spec, region, offset)) return {};
+    return hasher.finish();
+  }
+
+  [[nodiscard]] const MappedRegion& region_of(const TensorSpec& spec) const {
+    return operation_.registration->regions[spec.region];
+  }
+
   bool hash(Hasher& hasher, std::uint32_t index) {
-    Digest digest;
-    const bool whole = guarded(
-        [&] { digest = digest_tensor(hasher, operation_.kind, operation_.tensors[index]); });
-    if (!whole) return fault();
-    operation_.digests[index] = digest;
+    const TensorSpec& spec = *operation_.tensors[index].spec;
+    const auto digest = digest_at(hasher, spec, region_of(spec), spec.offset_bytes);
+    if (!digest) return false;
+    operation_.digests[index] = *digest;
     return true;
   }
 
@@ -162,12 +221,11 @@ class Checker::HashJob final : public BackgroundJob {
       const auto place = read_place(*registration.manifest, spec.layer_buffer, before);
       if (!place) return fail(place.error());
       if (!place->resident) return true;
-      const TensorView view{&spec, registration.regions[place->region].data() + place->offset +
-                                       spec.layer_offset_bytes};
-      Digest digest;
-      if (!guarded([&] { digest = digest_tensor(hasher, operation_.kind, view); })) return fault();
+      const auto digest = digest_at(hasher, spec, registration.regions[place->region],
+                                    place->offset + spec.layer_offset_bytes);
+      if (!digest) return false;
       if (word.load() != before) continue;
-      operation_.digests[index] = digest;
+      operation_.digests[index] = *digest;
       return true;
     }
     return true;
@@ -181,10 +239,7 @@ class Checker::HashJob final : public BackgroundJob {
     for (const TensorView& tensor : sorted) {
       if (operation_.cancelled.load()) return;
       hasher.update(tensor.spec->name);
-      if (!guarded([&] { update_with_elements(hasher, tensor); })) {
-        fault();
-        return;
-      }
+      if (!feed(hasher, *tensor.spec, region_of(*tensor.spec), tensor.spec->offset_bytes)) return;
     }
     operation_.module_digest = hasher.finish();
   }
@@ -198,11 +253,12 @@ class Checker::HashJob final : public BackgroundJob {
 };
 
 Checker::Checker(Registry& registry, Scheduler& scheduler, Replies& replies,
-                 BackgroundPool& background, Statistics& statistics)
+                 BackgroundPool& background, DeviceAccess& devices, Statistics& statistics)
     : registry_(registry),
       scheduler_(scheduler),
       replies_(replies),
       background_(background),
+      devices_(devices),
       statistics_(statistics) {}
 
 Checker::~Checker() = default;
@@ -395,6 +451,7 @@ void Checker::finish(CheckOperation& operation, const std::optional<Error>& erro
       reply_digest(*asker, operation);
     }
   }
+  if (error) devices_.judge(*error);
   // What waits for the engine may want its memory gone (Sleeper).
   operation.registration.reset();
   scheduler_.leave(operation);

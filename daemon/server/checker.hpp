@@ -13,6 +13,7 @@
 
 #include "digest/digest.hpp"
 #include "server/background_pool.hpp"
+#include "server/device_access.hpp"
 #include "server/registry.hpp"
 #include "server/replies.hpp"
 #include "server/scheduler.hpp"
@@ -23,7 +24,7 @@ namespace refit::daemon {
 class Checker {
  public:
   Checker(Registry& registry, Scheduler& scheduler, Replies& replies, BackgroundPool& background,
-          Statistics& statistics);
+          DeviceAccess& devices, Statistics& statistics);
   ~Checker();
 
   void begin_check(Session& asker, std::uint64_t request_id, const wire::Check& message,
@@ -68,6 +69,7 @@ class Checker {
   Scheduler& scheduler_;
   Replies& replies_;
   BackgroundPool& background_;
+  DeviceAccess& devices_;
   Statistics& statistics_;
   std::vector<std::unique_ptr<CheckOperation>> operations_;
 };

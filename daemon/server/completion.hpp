@@ -5,7 +5,9 @@
 #pragma once
 
 #include <atomic>
+#include <memory>
 #include <mutex>
+#include <utility>
 
 #include "ipc/doorbell.hpp"
 
@@ -65,5 +67,22 @@ class CompletionQueue {
   Completion* last_ = nullptr;
   std::atomic<bool> waiting_{false};
 };
+
+/// Has `act` run on the loop thread when the last copy of what it returns is gone, on whichever
+/// thread that was. Allocates.
+template <typename Act>
+std::shared_ptr<void> when_let_go(CompletionQueue& queue, Act act) {
+  struct Waiting final : Completion {
+    explicit Waiting(Act wanted) : act(std::move(wanted)) {
+      run = [](Completion& self) {
+        const std::unique_ptr<Waiting> waiting(static_cast<Waiting*>(&self));
+        waiting->act();
+      };
+    }
+    Act act;
+  };
+  return std::shared_ptr<Waiting>(new Waiting(std::move(act)),
+                                  [&queue](Waiting* waiting) { queue.push(*waiting); });
+}
 
 }  // namespace refit::daemon

@@ -1,12 +1,16 @@
 #include "server/decode.hpp"
 
 #include <algorithm>
+#include <cstring>
 
 #include "ipc/shared_layout.hpp"
 #include "plan/text.hpp"
 
 namespace refit::daemon {
 namespace {
+
+/// Segments of all VMM ranges of one module; allocators make them 20 MiB and larger.
+constexpr std::size_t kDevicePiecesMax = 16'384;
 
 template <typename Vector>
 std::size_t count(const Vector* vector) {
@@ -47,6 +51,71 @@ class BoundedCopy {
   std::size_t left_bytes_ = kPayloadBytesMax;
   bool overspent_ = false;
 };
+
+/// False, and nothing copied, if it does not have as many bytes.
+template <std::size_t kBytes>
+bool copy_exactly(const flatbuffers::Vector<std::uint8_t>* from,
+                  std::array<std::uint8_t, kBytes>& to) {
+  if (count(from) != kBytes) return false;
+  std::copy(from->begin(), from->end(), to.begin());
+  return true;
+}
+
+Result<RegionClaim> decode_region(const wire::Region& region, const std::string& label) {
+  RegionClaim claim;
+  claim.ticket = region.ticket();
+  claim.bytes = region.bytes();
+  claim.pool = region.pool();
+  const auto kind = static_cast<RegionKind>(region.kind());
+  if (kind == RegionKind::host) return claim;
+  if (kind > RegionKind::cuda_local)
+    return fail(Errc::bad_argument, label + " is of a kind that does not exist");
+  DeviceClaim device;
+  device.kind = kind;
+  device.bytes = region.bytes();
+  device.allocation = region.allocation();
+  if (!copy_exactly(region.device(), device.device))
+    return fail(Errc::bad_argument, label + ": a device is named by a UUID of 16 bytes");
+  if (count(region.pieces()) == 0)
+    return fail(Errc::bad_region, label + ": device memory without a piece");
+  std::uint64_t bytes = 0;
+  for (const auto* piece : *region.pieces()) {
+    DevicePiece one;
+    one.bytes = piece->bytes();
+    if (one.bytes == 0 || one.bytes > claim.bytes - bytes) {
+      return fail(Errc::bad_region, label + ": its pieces are not together as long as it is (" +
+                                        std::to_string(claim.bytes) + " bytes)");
+    }
+    bytes += one.bytes;
+    std::array<std::uint8_t, sizeof one.address> address{};
+    bool good = true;
+    switch (kind) {
+      case RegionKind::cuda_legacy:
+        good = copy_exactly(piece->handle(), one.handle) && region.pieces()->size() == 1;
+        break;
+      case RegionKind::cuda_local:
+        good = copy_exactly(piece->handle(), address) && region.pieces()->size() == 1;
+        std::memcpy(&one.address, address.data(), sizeof one.address);
+        break;
+      case RegionKind::cuda_vmm:
+      case RegionKind::host:
+        claim.piece_tickets.push_back(piece->ticket());
+        break;
+    }
+    if (!good) {
+      return fail(
+          Errc::bad_region,
+          label + ": a legacy CUDA IPC handle is one piece of 64 bytes, an address one of 8");
+    }
+    device.pieces.push_back(std::move(one));
+  }
+  if (bytes != claim.bytes) {
+    return fail(Errc::bad_region, label + ": its pieces have " + std::to_string(bytes) +
+                                      " bytes together, and it has " + std::to_string(claim.bytes));
+  }
+  claim.device = std::move(device);
+  return claim;
+}
 
 }  // namespace
 
@@ -115,8 +184,24 @@ Result<RegisterRequest> decode(const wire::RegisterModule& message, const Manife
     }
   }
   if (message.regions() != nullptr) {
-    for (const auto* region : *message.regions())
-      request.regions.push_back({region->ticket(), region->bytes(), region->pool()});
+    std::size_t pieces = 0;
+    for (const auto* region : *message.regions()) pieces += count(region->pieces());
+    REFIT_TRY(bounded(pieces, kDevicePiecesMax, request.module, "pieces of device memory"));
+    for (const auto* region : *message.regions()) {
+      REFIT_TRY_ASSIGN(auto claim,
+                       decode_region(*region, request.module + ": region " +
+                                                  std::to_string(request.regions.size())));
+      request.regions.push_back(std::move(claim));
+    }
+  }
+  if (count(message.event()) != 0) {
+    EventClaim event;
+    if (!copy_exactly(message.event(), event.handle) ||
+        !copy_exactly(message.event_device(), event.device)) {
+      return fail(Errc::bad_argument,
+                  request.module + ": an event is a handle of 64 bytes and a device of 16");
+    }
+    request.event = event;
   }
   BoundedCopy copy;
   if (message.tensors() != nullptr) {

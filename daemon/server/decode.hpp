@@ -4,10 +4,12 @@
 // presence, enum ranges); what the values mean is checked by Manifest and Plan.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "ipc/wire.hpp"
+#include "memory/devices.hpp"
 #include "plan/plan.hpp"
 #include "refit/result.hpp"
 #include "refit/types.hpp"
@@ -27,9 +29,17 @@ using Names = flatbuffers::Vector<flatbuffers::Offset<flatbuffers::String>>;
 Result<std::vector<std::string>> decode_tensor_names(const Names* names, const char* what);
 
 struct RegionClaim {
-  std::uint64_t ticket = 0;
+  std::uint64_t ticket = 0;  ///< of host memory
   std::uint64_t bytes = 0;
   bool pool = false;
+  std::optional<DeviceClaim> device;         ///< of device memory; its fds have not come yet
+  std::vector<std::uint64_t> piece_tickets;  ///< of a VMM range, as its pieces
+};
+
+/// An interprocess event of the client's.
+struct EventClaim {
+  DeviceUuid device{};
+  IpcHandle handle{};
 };
 
 struct RegisterRequest {
@@ -44,6 +54,7 @@ struct RegisterRequest {
   bool asleep = false;                       ///< no memory: name and state alone
   std::vector<std::uint64_t> layer_buffers;  ///< their bytes
   std::uint32_t residency_base = 0;
+  std::optional<EventClaim> event;
 };
 Result<RegisterRequest> decode(const wire::RegisterModule& message, const ManifestLimits& limits);
 

@@ -1,6 +1,7 @@
 #include "server/plan_cache.hpp"
 
 #include <algorithm>
+#include <optional>
 
 #include "digest/digest.hpp"
 #include "test_point.hpp"
@@ -42,6 +43,30 @@ std::uint64_t hash_selection(const BoundPlan& bound) {
   return std::max<std::uint64_t>(1, payload_hash(text.data(), text.size()));
 }
 
+bool on_device(const MappedRegion& region) { return region.kind != RegionKind::host; }
+
+/// The device that all pools of the module are on, or kHostMemory.
+Result<int> place_of_pools(const Registration& target) {
+  std::optional<int> place;
+  for (std::size_t i = 0; i < target.regions.size(); ++i) {
+    if (!target.manifest->regions()[i].pool) continue;
+    const int one = target.regions[i].place();
+    if (place.value_or(one) != one) {
+      return fail(Errc::unsupported, target.manifest->label() +
+                                         ": its pools are on several devices, or some on the host");
+    }
+    place = one;
+  }
+  return place.value_or(kHostMemory);
+}
+
+bool has_device_pool(const Registration& target) {
+  for (std::size_t i = 0; i < target.regions.size(); ++i) {
+    if (target.manifest->regions()[i].pool && on_device(target.regions[i])) return true;
+  }
+  return false;
+}
+
 CopyOp op_of(const BoundPlan& bound, const Copy& copy, std::byte* target) {
   CopyOp op;
   op.source = bound.source->regions[copy.source_region].data() + copy.source_offset;
@@ -76,11 +101,21 @@ void bind_layers(BoundPlan& bound) {
 }
 
 void bind(BoundPlan& bound) {
+  const auto& sources = bound.source->regions;
+  const auto& targets = bound.target->regions;
   bound.ops.reserve(bound.plan.copies.size());
   for (const Copy& copy : bound.plan.copies) {
+    if (on_device(sources[copy.source_region]) || on_device(targets[copy.target_region])) {
+      bound.touches_devices = true;
+      continue;
+    }
     bound.ops.push_back(
-        op_of(bound, copy, bound.target->regions[copy.target_region].data() + copy.target_offset));
+        op_of(bound, copy, targets[copy.target_region].data() + copy.target_offset));
   }
+  for (const Copy& copy : bound.plan.layer_copies)
+    bound.touches_devices = bound.touches_devices || on_device(sources[copy.source_region]);
+  bound.touches_devices =
+      bound.touches_devices || (!bound.plan.layer_copies.empty() && has_device_pool(*bound.target));
   bind_layers(bound);
   if (!bound.ops.empty() && test_point("copy.skip_tensor")) leave_first_tensor_out(bound);
   bound.job.prepare(bound.ops.data(), bound.ops.size());
@@ -97,6 +132,59 @@ bool same_selection(const std::vector<std::string>& held, const Names* asked) {
   return true;
 }
 
+Result<void> BoundPlan::connect(DeviceAccess& access) {
+  if (connected || !touches_devices) return {};
+  REFIT_TRY_ASSIGN(Devices* const devices, access.required(target->manifest->label()));
+  std::vector<std::string> unpinned;
+  const auto require_pinned = [&unpinned](const Registration& of, std::uint32_t index) {
+    const MappedRegion& region = of.regions[index];
+    if (on_device(region) || region.pinned != nullptr) return;
+    unpinned.push_back(of.manifest->label() + ": region " + std::to_string(index) + ": " +
+                       region.why_not_pinned);
+  };
+  std::vector<DeviceOp> wanted;
+  for (const Copy& copy : plan.copies) {
+    const MappedRegion& from = source->regions[copy.source_region];
+    const MappedRegion& to = target->regions[copy.target_region];
+    if (!on_device(from) && !on_device(to)) continue;
+    require_pinned(*source, copy.source_region);
+    require_pinned(*target, copy.target_region);
+    wanted.push_back(
+        {op_of(*this, copy, to.data() + copy.target_offset), from.place(), to.place()});
+  }
+  REFIT_TRY_ASSIGN(const int pools, place_of_pools(*target));
+  std::vector<std::vector<DeviceOp>> wanted_layers;
+  for (const LayerCopies& layer : layers) {
+    std::vector<DeviceOp>& ops_of_layer = wanted_layers.emplace_back();
+    for (std::size_t i = layer.first; i < layer.first + layer.count; ++i) {
+      const std::uint32_t region = plan.layer_copies[i].source_region;
+      require_pinned(*source, region);
+      ops_of_layer.push_back({layer_ops[i], source->regions[region].place(), pools});
+    }
+    const auto is_host = [](const DeviceOp& op) { return op.source_device == kHostMemory; };
+    if (pools == kHostMemory && std::all_of(ops_of_layer.begin(), ops_of_layer.end(), is_host))
+      ops_of_layer.clear();
+  }
+  if (!unpinned.empty()) {
+    std::sort(unpinned.begin(), unpinned.end());
+    unpinned.erase(std::unique(unpinned.begin(), unpinned.end()), unpinned.end());
+    return fail(Errc::cuda, "host memory that a device shall copy could not be pinned",
+                std::move(unpinned));
+  }
+  const auto prepare = [devices](const std::vector<DeviceOp>& ops_of_job,
+                                 std::unique_ptr<DeviceJob>& made) -> Result<void> {
+    if (!ops_of_job.empty()) {
+      REFIT_TRY_ASSIGN(made, devices->prepare(ops_of_job));
+    }
+    return {};
+  };
+  REFIT_TRY(prepare(wanted, device_job));
+  for (std::size_t i = 0; i < layers.size(); ++i)
+    REFIT_TRY(prepare(wanted_layers[i], layers[i].device_job));
+  connected = true;
+  return {};
+}
+
 Result<void> BoundPlan::settle(const RequestRegion& engine) {
   device_bytes = 0;
   for (std::size_t i = 0; i < residency_words.size(); ++i)
@@ -107,6 +195,7 @@ Result<void> BoundPlan::settle(const RequestRegion& engine) {
     layer.resident = place.resident;
     if (!place.resident) continue;
     std::byte* const begin = target->regions[place.region].data() + place.offset;
+    if (layer.device_job != nullptr) layer.device_job->set_target_base(begin);
     for (std::size_t i = layer.first; i < layer.first + layer.count; ++i)
       layer_ops[i].target = begin + plan.layer_copies[i].target_offset;
     device_bytes += layer.job.bytes();

@@ -14,6 +14,7 @@
 #include "plan/plan.hpp"
 #include "plan/residency.hpp"
 #include "server/decode.hpp"
+#include "server/device_access.hpp"
 #include "server/session.hpp"
 
 namespace refit::daemon {
@@ -25,6 +26,7 @@ struct LayerCopies {
   std::size_t count = 0;
   bool resident = false;  ///< set by settle()
   CopyJob job;
+  std::unique_ptr<DeviceJob> device_job;  ///< instead of `job` where a device is involved
 };
 
 /// A plan with addresses in it. Keeps both registrations mapped while anybody holds it.
@@ -34,8 +36,12 @@ struct BoundPlan {
   PlanOptions options;
   Plan plan;
   std::uint64_t selection_hash = 0;  ///< of the names of the tensors that it writes; never 0
+  /// From host memory to host memory.
   std::vector<CopyOp> ops;
   CopyJob job;
+  /// The rest, once connect() made it; null where there is none.
+  std::unique_ptr<DeviceJob> device_job;
+  bool touches_devices = false;
 
   /// Of plan.layer_copies, by the same index; their targets count from the buffer's start until
   /// settle() has put them where it is.
@@ -44,9 +50,14 @@ struct BoundPlan {
   LayerPlaces places;
   std::vector<std::uint64_t> residency_words;
   std::uint64_t device_bytes = 0;  ///< of the resident layers; set by settle()
+  bool connected = false;
 
   BoundPlan(std::shared_ptr<Registration> from, std::shared_ptr<Registration> to)
       : source(std::move(from)), target(std::move(to)), places(*target->manifest) {}
+
+  /// Prepares the copies that touch devices, once both registrations are ready; does nothing where
+  /// that is done or there are none. Errors: Errc::unsupported, Errc::cuda; names the modules.
+  [[nodiscard]] Result<void> connect(DeviceAccess& devices);
 
   /// Reads where the engine's layers are, once, and points the copies there. Only while the engine
   /// holds still. Errors: Errc::bad_region; then nothing may be written. Allocates for those only.

@@ -3,6 +3,7 @@
 #include <poll.h>
 
 #include <algorithm>
+#include <mutex>
 
 #include "ipc/waiting.hpp"
 #include "log.hpp"
@@ -78,15 +79,35 @@ class Refits::Refit final : public Operation, public Completion {
   // Shared with pool threads.
   std::atomic<std::size_t> jobs_left{0};
   std::atomic<bool> faulted{false};
+
+  /// Keeps the first failure, or the first that only another process mends.
+  void note(const DeviceOutcome& outcome) noexcept {
+    const std::lock_guard lock(outcome_mutex_);
+    if (outcome_.code == 0 || (outcome.sticky && !outcome_.sticky)) outcome_ = outcome;
+  }
+  DeviceOutcome device_outcome() noexcept {
+    const std::lock_guard lock(outcome_mutex_);
+    return outcome_;
+  }
+  void forget_outcome() noexcept {
+    const std::lock_guard lock(outcome_mutex_);
+    outcome_ = {};
+  }
+
+ private:
+  std::mutex outcome_mutex_;
+  DeviceOutcome outcome_;
 };
 
 Refits::Refits(Registry& registry, Scheduler& scheduler, Replies& replies, CopyPool& copy_pool,
-               CompletionQueue& completions, Statistics& statistics, Waiting waiting)
+               CompletionQueue& completions, DeviceAccess& devices, Statistics& statistics,
+               Waiting waiting)
     : registry_(registry),
       scheduler_(scheduler),
       replies_(replies),
       copy_pool_(copy_pool),
       completions_(completions),
+      devices_(devices),
       statistics_(statistics),
       waiting_(waiting) {
   active_.reserve(64);
@@ -104,6 +125,7 @@ Refits::Refit& Refits::take_free() {
 
 void Refits::retire(Refit& refit) {
   refit.phase = Phase::idle;
+  refit.forget_outcome();
   refit.has_engines = false;
   refit.targets.clear();
   refit.engines.clear();
@@ -294,6 +316,12 @@ void Refits::open_gates(Refit& refit) {
   // turn.
   if (replay(refit)) return release_engines(refit);
   if (auto allowed = check_poison(refit); !allowed) return fail_refit(refit, allowed.error());
+  for (const Target& target : refit.targets) {
+    if (auto connected = target.plan->connect(devices_); !connected) {
+      fail_refit(refit, connected.error());
+      return devices_.judge(connected.error());
+    }
+  }
   refit.phase = Phase::gating;
   for (const auto& engine : refit.engines) {
     refit.transaction.add_engine({&engine->memory->response_region().gate,
@@ -431,7 +459,9 @@ void Refits::write(Refit& refit) {
   }
   test_point("writing.half");
 #endif
-  if (refit.moved_bytes_max <= kInlineCopyBytesMax) {
+  const bool on_host = std::none_of(refit.targets.begin(), refit.targets.end(),
+                                    [](const Target& one) { return one.plan->touches_devices; });
+  if (on_host && refit.moved_bytes_max <= kInlineCopyBytesMax) {
     for (const Target& target : refit.targets) {
       BoundPlan& plan = *target.plan;
       const auto copy = [&](const CopyOp* ops, std::size_t count) {
@@ -458,10 +488,28 @@ void Refits::write(Refit& refit) {
         &refit);
     copy_pool_.submit(job);
   };
+  const auto submit_to_device = [&](const BoundPlan& plan, DeviceJob& job) {
+    refit.jobs_left.fetch_add(1);
+    job.submit(
+        plan.source->event.get(), plan.target->event.get(),
+        [](void* context, DeviceOutcome outcome) {
+          auto& self = *static_cast<Refit*>(context);
+          if (outcome.code != 0) self.note(outcome);
+          self.owner.job_done(self);
+        },
+        &refit);
+  };
   for (const Target& target : refit.targets) {
-    submit(target.plan->job);
-    for (LayerCopies& layer : target.plan->layers) {
-      if (layer.resident) submit(layer.job);
+    BoundPlan& plan = *target.plan;
+    if (!plan.ops.empty()) submit(plan.job);
+    if (plan.device_job != nullptr) submit_to_device(plan, *plan.device_job);
+    for (LayerCopies& layer : plan.layers) {
+      if (!layer.resident) continue;
+      if (layer.device_job != nullptr) {
+        submit_to_device(plan, *layer.device_job);
+      } else {
+        submit(layer.job);
+      }
     }
   }
   job_done(refit);
@@ -476,25 +524,39 @@ void Refits::job_done(Refit& refit) {
 void Refits::copied(Refit& refit) {
   refit.wrote = Clock::now();
   test_point("writing.done");
-  if (refit.faulted.load()) {
-    refit.transaction.poison();
-    refit.transaction.release();
-    wake_engines(refit);
-    const std::string text = refit.targets.front().plan->target->manifest->label() +
-                             ": client memory faulted (SIGBUS) while it was copied; the target is "
-                             "poisoned until a refit commits";
-    LogFields fields = fields_of(*refit.engines.front());
-    fields.module = refit.targets.front().module->name;
-    fields.transaction = refit.transaction.id().to_string();
-    fields.errc = Errc::memory_fault;
-    log(LogEvent::memory_faulted, text, fields);
-    return fail_refit(refit, {Errc::memory_fault, 0, text, {}});
-  }
+  const DeviceOutcome device = refit.device_outcome();
+  if (refit.faulted.load() || device.code != 0) return broken(refit, device);
   refit.transaction.commit();
   test_point("transaction.committed");
   refit.transaction.release();
   wake_engines(refit);
   reply(refit);
+}
+
+/// Some bytes are there and some are not.
+void Refits::broken(Refit& refit, const DeviceOutcome& device) {
+  refit.transaction.poison();
+  refit.transaction.release();
+  wake_engines(refit);
+  Error error{Errc::memory_fault, 0, refit.targets.front().plan->target->manifest->label(), {}};
+  if (device.code != 0) {
+    error.code = Errc::cuda;
+    error.native = device.code;
+    error.message += ": the copy on the device failed (" + std::string(device.call) + " answered " +
+                     std::to_string(device.code) + ")";
+  } else {
+    error.message += ": client memory faulted (SIGBUS) while it was copied";
+  }
+  error.message += "; the target is poisoned until a refit commits";
+  LogFields fields = fields_of(*refit.engines.front());
+  fields.module = refit.targets.front().module->name;
+  fields.transaction = refit.transaction.id().to_string();
+  fields.errc = error.code;
+  fields.native = error.native;
+  log(LogEvent::memory_faulted, error.message, fields);
+  fail_refit(refit, error);
+  // The engine knows before this process ends.
+  if (device.sticky) devices_.lost(error);
 }
 
 void Refits::wake_engines(Refit& refit) {
@@ -533,13 +595,17 @@ void Refits::reply(Refit& refit) {
                 {}});
   }
   statistics_.committed(times, refit.bytes);
+  const bool all_stay =
+      std::all_of(refit.targets.begin(), refit.targets.end(),
+                  [](const Target& one) { return one.plan->source->outlives_its_client(); });
+  const auto guarantee = all_stay ? Guarantee::atomic : Guarantee::poisoned_on_failure;
   if (const auto trainer = registry_.find(refit.session_id)) {
     auto& fbb = replies_.builder();
     const wire::Phases phases(times.wait_us, times.gate_us, times.copy_us, times.check_us,
                               times.total_us);
     replies_.send(*trainer, refit.request_id, wire::Body::Refitted,
                   wire::CreateRefitted(fbb, version, refit.bytes, refit.tensors,
-                                       static_cast<std::uint8_t>(Guarantee::atomic), &phases,
+                                       static_cast<std::uint8_t>(guarantee), &phases,
                                        refit.sent_again, refit.device_bytes)
                       .Union());
   }

@@ -5,6 +5,7 @@
 // nothing is allocated.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -22,7 +23,8 @@ namespace refit::daemon {
 class Refits {
  public:
   Refits(Registry& registry, Scheduler& scheduler, Replies& replies, CopyPool& copy_pool,
-         CompletionQueue& completions, Statistics& statistics, Waiting waiting);
+         CompletionQueue& completions, DeviceAccess& devices, Statistics& statistics,
+         Waiting waiting);
   ~Refits();
 
   void begin(Session& trainer, std::uint64_t request_id, const wire::Refit& message,
@@ -84,6 +86,7 @@ class Refits {
   void reply(Refit& refit);
   void fail_refit(Refit& refit, const Error& error);
   void release_engines(Refit& refit);
+  void broken(Refit& refit, const DeviceOutcome& device);
   void wake_engines(Refit& refit);
   template <typename Predicate>
   Refit* find_waiting(Predicate&& matches);
@@ -95,6 +98,7 @@ class Refits {
   Replies& replies_;
   CopyPool& copy_pool_;
   CompletionQueue& completions_;
+  DeviceAccess& devices_;
   Statistics& statistics_;
   Waiting waiting_;
   PlanCache plans_;

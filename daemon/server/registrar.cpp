@@ -1,6 +1,7 @@
 #include "server/registrar.hpp"
 
 #include <fcntl.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <bitset>
@@ -18,31 +19,77 @@ Access access_of(const Session& session) {
   return session.role == Role::engine ? Access::read_write : Access::read_only;
 }
 
-/// Faults the pages in on a pool thread and answers the registration when they are there.
-class PopulateJob final : public BackgroundJob {
+/// Makes the memory ready on a pool thread, and answers the registration when it is: faults in the
+/// pages of host memory and pins them where there are devices, opens what devices share.
+class MakeReadyJob final : public BackgroundJob {
  public:
-  PopulateJob(std::shared_ptr<Registration> registration, Access access,
-              std::function<void(Result<void>, std::uint64_t)> done)
+  using Done = std::function<void(Result<void>, std::uint64_t took_us)>;
+
+  MakeReadyJob(std::shared_ptr<Registration> registration, DeviceAccess& devices, Access access,
+               const Exporter& exporter, std::vector<std::optional<DeviceClaim>> claims,
+               std::optional<EventClaim> event, Done done)
       : BackgroundJob(1),
         registration_(std::move(registration)),
+        devices_(devices),
         access_(access),
+        exporter_(exporter),
+        claims_(std::move(claims)),
+        event_(event),
         done_(std::move(done)) {}
 
   void run_part(std::size_t) override {
     const auto start = Clock::now();
-    for (const Mapping& mapping : registration_->regions) {
-      outcome_ = populate(mapping, access_, registration_->manifest->label());
-      if (!outcome_) break;
-    }
+    outcome_ = make_ready();
+    claims_.clear();
     took_us_ = static_cast<std::uint64_t>(
         std::chrono::duration_cast<std::chrono::microseconds>(Clock::now() - start).count());
   }
   void finished() override { done_(std::move(outcome_), took_us_); }
 
  private:
+  Result<void> make_ready() {
+    const std::string& label = registration_->manifest->label();
+    for (std::size_t i = 0; i < claims_.size(); ++i) {
+      MappedRegion& region = registration_->regions[i];
+      const std::string name = label + ": region " + std::to_string(i);
+      if (claims_[i]) {
+        REFIT_TRY_ASSIGN(Devices* const devices, devices_.required(name));
+        REFIT_TRY_ASSIGN(region.device,
+                         devices->import(exporter_, std::move(*claims_[i]), access_, name));
+        continue;
+      }
+      REFIT_TRY(populate(region.host, access_, label));
+      REFIT_TRY(pin(region, name));
+    }
+    if (!event_) return {};
+    REFIT_TRY_ASSIGN(Devices* const devices, devices_.required(label));
+    REFIT_TRY_ASSIGN(registration_->event,
+                     devices->open_event(event_->device, event_->handle, label));
+    return {};
+  }
+
+  /// Memory that cannot be pinned is good for everything but devices, so the refit that needs them
+  /// says why it fails. Errors: that no device will ever pin anything here.
+  Result<void> pin(MappedRegion& region, const std::string& name) {
+    Devices* const devices = devices_.if_there();
+    if (devices == nullptr) return {};
+    auto pinned = devices->pin(region.host, access_, name);
+    if (pinned) {
+      region.pinned = std::move(*pinned);
+    } else {
+      region.why_not_pinned = pinned.error().message;
+      if (Devices::is_lost(pinned.error())) return Unexpected(std::move(pinned).error());
+    }
+    return {};
+  }
+
   std::shared_ptr<Registration> registration_;
+  DeviceAccess& devices_;
   Access access_;
-  std::function<void(Result<void>, std::uint64_t)> done_;
+  Exporter exporter_;
+  std::vector<std::optional<DeviceClaim>> claims_;  ///< by region; none of host memory
+  std::optional<EventClaim> event_;
+  Done done_;
   Result<void> outcome_;
   std::uint64_t took_us_ = 0;
 };
@@ -65,13 +112,17 @@ void write_initial_words(ModuleBlock& block, const RegisterRequest& request) {
   ModuleReading held = read_module(block);
   if (held.word.state == ModuleState::none) held = ModuleReading{};
   const bool poisoned = held.word.state == ModuleState::poisoned;
-  ModuleState state = request.version == 0 ? ModuleState::initial : ModuleState::committed;
-  if (request.poisoned || poisoned) state = ModuleState::poisoned;
   const bool keep = poisoned || held.version > request.version;
+  std::uint64_t version = keep ? held.version : request.version;
+  ModuleState state = version == 0 ? ModuleState::initial : ModuleState::committed;
+  if (request.poisoned || poisoned) state = ModuleState::poisoned;
+  // The claim may be older than a commit of this daemon's. The record of a poisoned word names the
+  // version that the bytes never became, and those of that commit they were.
+  if (state == ModuleState::poisoned && !poisoned && keep) ++version;
   block.name.store(payload_hash(request.module.data(), request.module.size()));
-  const ModuleWord word = fill_next_record(
-      block, held.word.epoch, state, keep ? held.transaction : request.transaction,
-      keep ? held.version : request.version, keep ? held.selection : request.selection);
+  const ModuleWord word =
+      fill_next_record(block, held.word.epoch, state, keep ? held.transaction : request.transaction,
+                       version, keep ? held.selection : request.selection);
   block.word.store(word.pack());
 }
 
@@ -94,33 +145,42 @@ void Registrar::drop_later(std::shared_ptr<Registration> registration) {
       BackgroundPool::Priority::first);
 }
 
-Result<Registrar::Mapped> Registrar::map_regions(Session& session, const RegisterRequest& request) {
+/// The fd that came under `ticket`, which is used up. None if there is a problem with it.
+UniqueFd Registrar::claim_fd(Session& session, std::uint64_t ticket, const std::string& label,
+                             std::vector<Error>& problems) {
+  auto found = session.tickets.find(ticket);
+  if (found == session.tickets.end()) {
+    drain_tickets(session);
+    found = session.tickets.find(ticket);
+  }
+  if (found == session.tickets.end()) {
+    problems.push_back(
+        {Errc::unknown_ticket,
+         0,
+         label + " names ticket " + std::to_string(ticket) + ", for which no fd arrived",
+         {}});
+    return {};
+  }
+  if (!found->second.refusal.empty())
+    problems.push_back({Errc::quota, 0, label + ": " + found->second.refusal, {}});
+  UniqueFd fd = std::move(found->second.fd);
+  session.tickets.erase(found);
+  return fd;
+}
+
+Result<Registrar::Mapped> Registrar::map_regions(Session& session, RegisterRequest& request) {
   // Claim every ticket first, so that a refused registration leaves none behind.
   std::vector<UniqueFd> fds;
   std::vector<Error> problems;
-  for (const RegionClaim& claim : request.regions) {
-    auto found = session.tickets.find(claim.ticket);
-    if (found == session.tickets.end()) {
-      drain_tickets(session);
-      found = session.tickets.find(claim.ticket);
-    }
-    if (found == session.tickets.end()) {
-      problems.push_back({Errc::unknown_ticket,
-                          0,
-                          region_label(session, request, fds.size()) + " names ticket " +
-                              std::to_string(claim.ticket) + ", for which no fd arrived",
-                          {}});
-      fds.emplace_back();
+  for (RegionClaim& claim : request.regions) {
+    const std::string label = region_label(session, request, fds.size());
+    fds.emplace_back();
+    if (!claim.device) {
+      fds.back() = claim_fd(session, claim.ticket, label, problems);
       continue;
     }
-    if (!found->second.refusal.empty()) {
-      problems.push_back({Errc::quota,
-                          0,
-                          region_label(session, request, fds.size()) + ": " + found->second.refusal,
-                          {}});
-    }
-    fds.push_back(std::move(found->second.fd));
-    session.tickets.erase(found);
+    for (std::size_t i = 0; i < claim.piece_tickets.size(); ++i)
+      claim.device->pieces[i].fd = claim_fd(session, claim.piece_tickets[i], label, problems);
   }
   // First what is wrong with the memory itself: the declared bytes mean nothing before.
   Result<Mapped> mapped = map_fds(session, request, fds, std::move(problems));
@@ -132,6 +192,18 @@ Result<Registrar::Mapped> Registrar::map_regions(Session& session, const Registe
   return mapped;
 }
 
+/// The fds of device memory, which a refused registration leaves to nobody.
+void Registrar::drop_fds(RegisterRequest& request) {
+  std::vector<UniqueFd> fds;
+  for (RegionClaim& claim : request.regions) {
+    if (!claim.device) continue;
+    for (DevicePiece& piece : claim.device->pieces) {
+      if (piece.fd) fds.push_back(std::move(piece.fd));
+    }
+  }
+  close_later(std::move(fds));
+}
+
 /// What the module would add to what its uid uses; one that it replaces goes. All of its regions
 /// are known to have the bytes that they declare.
 Result<void> Registrar::check_quotas(const Session& session, const RegisterRequest& request) const {
@@ -141,7 +213,7 @@ Result<void> Registrar::check_quotas(const Session& session, const RegisterReque
     const Registration& old = *found->second->registration;
     used.regions -= old.regions.size();
     used.tensors -= old.manifest->tensors().size();
-    for (const Mapping& mapping : old.regions) used.registered_bytes -= mapping.bytes();
+    for (const MappedRegion& region : old.regions) used.registered_bytes -= region.bytes;
   }
   std::uint64_t bytes = 0;
   for (const RegionClaim& claim : request.regions) bytes += claim.bytes;
@@ -171,10 +243,15 @@ Result<Registrar::Mapped> Registrar::map_fds(const Session& session, const Regis
                                              std::vector<Error> problems) {
   Mapped mapped;
   for (std::size_t i = 0; i < fds.size(); ++i) {
+    const RegionClaim& claim = request.regions[i];
+    if (claim.device) {
+      add_device_region(session, claim, mapped);
+      continue;
+    }
     if (!fds[i]) continue;
-    auto done = map_fd(fds[i].get(), request.regions[i].bytes, access_of(session),
+    auto done = map_fd(fds[i].get(), claim.bytes, access_of(session),
                        region_label(session, request, i), mapped);
-    if (done) mapped.infos.back().pool = request.regions[i].pool;
+    if (done) mapped.infos.back().pool = claim.pool;
     if (!done) problems.push_back(std::move(done).error());
   }
   if (!problems.empty()) return several(std::move(problems));
@@ -201,13 +278,32 @@ Result<void> Registrar::map_fd(int fd, std::uint64_t declared_bytes, Access acce
                     " bytes; allocate it (posix_fallocate) or use refit::SharedMemory");
   }
   REFIT_TRY_ASSIGN(Mapping mapping, Mapping::map(fd, declared_bytes, access, label));
-  mapped.mappings.push_back(std::move(mapping));
+  MappedRegion region;
+  region.bytes = declared_bytes;
+  region.host = std::move(mapping);
+  mapped.regions.push_back(std::move(region));
   mapped.infos.push_back({declared_bytes, info.device, info.inode});
   return {};
 }
 
+/// Device memory is opened later, off the loop. Its identity is its exporter's word: allocation ids
+/// are unique in one process, whatever its sessions, so that two processes never have one in
+/// common.
+void Registrar::add_device_region(const Session& session, const RegionClaim& claim,
+                                  Mapped& mapped) {
+  MappedRegion region;
+  region.bytes = claim.bytes;
+  region.kind = claim.device->kind;
+  mapped.regions.push_back(std::move(region));
+  // No st_dev is that large.
+  constexpr std::uint64_t kNoFileSystem = std::uint64_t{1} << 63;
+  mapped.infos.push_back({claim.bytes, kNoFileSystem | static_cast<std::uint64_t>(session.peer.pid),
+                          claim.device->allocation, claim.pool});
+}
+
 Result<std::shared_ptr<Module>> Registrar::place(Session& session, const RegisterRequest& request,
-                                                 std::shared_ptr<Registration> registration) {
+                                                 std::shared_ptr<Registration> registration,
+                                                 const std::shared_ptr<void>& answer) {
   // A refit of one module must not change another's bytes behind its version, whichever engine has
   // it.
   std::vector<std::string> shared;
@@ -231,6 +327,7 @@ Result<std::shared_ptr<Module>> Registrar::place(Session& session, const Registe
       return fail(Errc::busy, session.name + "/" + request.module +
                                   " is being written; register it again after the refit");
     }
+    found->second->registration->awaited = answer;
     drop_later(std::exchange(found->second->registration, std::move(registration)));
     return found->second;
   }
@@ -250,11 +347,14 @@ Result<std::shared_ptr<Module>> Registrar::place(Session& session, const Registe
 
 void Registrar::register_module(Session& session, std::uint64_t request_id,
                                 const wire::RegisterModule& message) {
-  const auto refuse = [&](const Error& error) { replies_.send_error(session, request_id, error); };
+  auto request = decode(message, ManifestLimits{});
+  const auto refuse = [&](const Error& error) {
+    if (request) drop_fds(*request);
+    replies_.send_error(session, request_id, error);
+  };
   if (session.role == Role::observer) {
     return refuse({Errc::permission, 0, "an observer registers nothing", {}});
   }
-  auto request = decode(message, ManifestLimits{});
   if (!request) return refuse(request.error());
   if (request->asleep) return register_asleep(session, request_id, *request);
   auto mapped = map_regions(session, *request);
@@ -268,36 +368,60 @@ void Registrar::register_module(Session& session, std::uint64_t request_id,
   auto registration = std::make_shared<Registration>();
   registration->manifest = std::move(*manifest);
   registration->residency_base = request->residency_base;
-  registration->regions = std::move(mapped->mappings);
+  registration->regions = std::move(mapped->regions);
   registration->generation = next_generation_++;
-  auto module = place(session, *request, registration);
+
+  struct Answer {
+    bool due = false;  ///< the module was placed
+    std::uint32_t slot = 0;
+    Result<void> outcome;
+    std::uint64_t took_us = 0;
+  };
+  const auto answer = std::make_shared<Answer>();
+  const std::uint64_t session_id = session.id;
+  const std::uint64_t generation = registration->generation;
+  std::shared_ptr<void> awaited = when_let_go(completions_, [this, session_id, request_id,
+                                                             generation, answer] {
+    const auto owner = registry_.find(session_id);
+    if (owner == nullptr || !answer->due) return;
+    if (!answer->outcome) {
+      replies_.send_error(*owner, request_id, answer->outcome.error());
+      return devices_.judge(answer->outcome.error());
+    }
+    auto& fbb = replies_.builder();
+    replies_.send(*owner, request_id, wire::Body::Registered,
+                  wire::CreateRegistered(fbb, generation, answer->took_us, answer->slot).Union());
+  });
+  auto module = place(session, *request, registration, awaited);
   if (!module) return refuse(module.error());
+  answer->due = true;
+  answer->slot = (*module)->slot;
   if (session.role == Role::engine) {
     write_initial_words(session.memory->response_region().modules[(*module)->slot], *request);
   }
 
-  const std::uint64_t session_id = session.id;
-  const std::uint32_t slot = (*module)->slot;
-  auto job = std::make_unique<PopulateJob>(
-      registration, access_of(session),
-      [this, session_id, request_id, registration, slot](Result<void> outcome,
-                                                         std::uint64_t took_us) {
-        registration->populated = outcome.has_value();
+  std::vector<std::optional<DeviceClaim>> claims;
+  for (RegionClaim& claim : request->regions) claims.push_back(std::move(claim.device));
+  const Exporter exporter{session.id, static_cast<std::uint32_t>(session.peer.pid),
+                          session.peer.uid};
+  auto job = std::make_unique<MakeReadyJob>(
+      registration, devices_, access_of(session), exporter, std::move(claims), request->event,
+      [this, session_id, registration, answer, awaited = std::move(awaited)](
+          Result<void> outcome, std::uint64_t took_us) {
+        answer->outcome = std::move(outcome);
+        answer->took_us = took_us;
+        registration->populated = answer->outcome.has_value();
         scheduler_.advance();
         const auto owner = registry_.find(session_id);
         if (owner == nullptr) return;
-        if (!outcome) {
+        if (!answer->outcome) {
           for (auto entry = owner->modules.begin(); entry != owner->modules.end(); ++entry) {
             if (entry->second->registration != registration) continue;
             release_module(*owner, *entry->second);
             owner->modules.erase(entry);
             break;
           }
-          return replies_.send_error(*owner, request_id, outcome.error());
         }
-        auto& fbb = replies_.builder();
-        replies_.send(*owner, request_id, wire::Body::Registered,
-                      wire::CreateRegistered(fbb, registration->generation, took_us, slot).Union());
       });
   background_.submit(std::move(job), BackgroundPool::Priority::first);
 }
@@ -349,9 +473,12 @@ void Registrar::unregister_module(Session& session, std::uint64_t request_id,
   if (session.role == Role::engine) {
     session.memory->response_region().modules[(*module)->slot].word.store(ModuleWord{}.pack());
   }
-  drop_later((*module)->registration);
+  std::shared_ptr<Registration> registration = std::move((*module)->registration);
   session.modules.erase((*module)->name);
-  replies_.send_ok(session, request_id);
+  registration->awaited = when_let_go(completions_, [this, session_id = session.id, request_id] {
+    if (const auto owner = registry_.find(session_id)) replies_.send_ok(*owner, request_id);
+  });
+  drop_later(std::move(registration));
 }
 
 }  // namespace refit::daemon

@@ -2,7 +2,8 @@
 //
 // The loop thread; populating runs on the background pool. Metadata is checked and visible at once,
 // the reply follows when the pages are there, so that the first refit after it costs what the
-// second does.
+// second does; and when what was registered before is nobody's here any more, so that its client
+// may free it: device memory that another process has open must not be freed.
 #pragma once
 
 #include <functional>
@@ -10,6 +11,7 @@
 #include "config/configuration.hpp"
 #include "server/background_pool.hpp"
 #include "server/decode.hpp"
+#include "server/device_access.hpp"
 #include "server/registry.hpp"
 #include "server/replies.hpp"
 #include "server/scheduler.hpp"
@@ -20,12 +22,15 @@ class Registrar {
  public:
   /// `closers`: for fds of unknown kind, whose close a client may be able to block for ever.
   Registrar(Registry& registry, Replies& replies, Scheduler& scheduler, BackgroundPool& background,
-            BackgroundPool& closers, const Configuration& configuration)
+            BackgroundPool& closers, CompletionQueue& completions, DeviceAccess& devices,
+            const Configuration& configuration)
       : registry_(registry),
         replies_(replies),
         scheduler_(scheduler),
         background_(background),
         closers_(closers),
+        completions_(completions),
+        devices_(devices),
         configuration_(configuration) {}
 
   /// Reads tickets that may still wait on the session's socket.
@@ -47,24 +52,31 @@ class Registrar {
  private:
   void register_asleep(Session& session, std::uint64_t request_id, const RegisterRequest& request);
   struct Mapped {
-    std::vector<Mapping> mappings;
+    std::vector<MappedRegion> regions;
     std::vector<RegionInfo> infos;
   };
-  Result<Mapped> map_regions(Session& session, const RegisterRequest& request);
+  UniqueFd claim_fd(Session& session, std::uint64_t ticket, const std::string& label,
+                    std::vector<Error>& problems);
+  Result<Mapped> map_regions(Session& session, RegisterRequest& request);
+  void drop_fds(RegisterRequest& request);
   [[nodiscard]] Result<void> check_quotas(const Session& session,
                                           const RegisterRequest& request) const;
   static Result<Mapped> map_fds(const Session& session, const RegisterRequest& request,
                                 const std::vector<UniqueFd>& fds, std::vector<Error> problems);
   static Result<void> map_fd(int fd, std::uint64_t declared_bytes, Access access,
                              const std::string& label, Mapped& mapped);
+  static void add_device_region(const Session& session, const RegionClaim& claim, Mapped& mapped);
   Result<std::shared_ptr<Module>> place(Session& session, const RegisterRequest& request,
-                                        std::shared_ptr<Registration> registration);
+                                        std::shared_ptr<Registration> registration,
+                                        const std::shared_ptr<void>& answer = nullptr);
 
   Registry& registry_;
   Replies& replies_;
   Scheduler& scheduler_;
   BackgroundPool& background_;
   BackgroundPool& closers_;
+  CompletionQueue& completions_;
+  DeviceAccess& devices_;
   const Configuration& configuration_;
   std::uint64_t next_generation_ = 1;
 };

@@ -94,7 +94,8 @@ Usage Registry::usage_of(uid_t uid) const {
     for (const auto& [name, module] : session->modules) {
       const Registration& registration = *module->registration;
       usage.regions += registration.regions.size();
-      for (const Mapping& mapping : registration.regions) usage.registered_bytes += mapping.bytes();
+      for (const MappedRegion& region : registration.regions)
+        usage.registered_bytes += region.bytes;
       usage.tensors += registration.manifest->tensors().size();
     }
   }

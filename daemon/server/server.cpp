@@ -122,6 +122,7 @@ Server::Server(Configuration configuration, Listener listener, CompletionQueue c
       listener_(std::move(listener)),
       started_(Clock::now()),
       completions_(std::move(completions)),
+      devices_({settings().cuda.legacy_across_uids}),
       copy_pool_(std::move(copy_pool)) {}
 
 Result<std::unique_ptr<Server>> Server::create(Configuration configuration,
@@ -144,10 +145,12 @@ Result<void> Server::set_up(ConfigurationSource source) {
       settings().check_threads == 0 ? cores() : settings().check_threads, completions_);
   closers_ = std::make_unique<BackgroundPool>(1, completions_);
   registrar_ = std::make_unique<Registrar>(registry_, replies_, scheduler_, *background_, *closers_,
-                                           configuration_);
+                                           completions_, devices_, configuration_);
   refits_ = std::make_unique<Refits>(registry_, scheduler_, replies_, *copy_pool_, completions_,
-                                     statistics_, settings().waiting);
-  checker_ = std::make_unique<Checker>(registry_, scheduler_, replies_, *background_, statistics_);
+                                     devices_, statistics_, settings().waiting);
+  devices_.lost = [this](const Error& error) { device_lost_ = error; };
+  checker_ = std::make_unique<Checker>(registry_, scheduler_, replies_, *background_, devices_,
+                                       statistics_);
   sleeper_ = std::make_unique<Sleeper>(registry_, scheduler_, replies_, *background_);
   reloader_ = std::make_unique<Reloader>(std::move(source), configuration_, registry_, replies_,
                                          *background_);
@@ -251,6 +254,7 @@ Result<void> Server::run() {
   const bool never_block = settings().waiting == Waiting::always;
   std::uint32_t turns = 0;
   for (;;) {
+    if (device_lost_) return Unexpected(*device_lost_);
     if (draining_ && refits_->idle() && checker_->idle()) break;
     if (never_block && !registry_.sessions.empty()) {
       poll_everything();

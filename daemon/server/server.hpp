@@ -6,6 +6,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -90,6 +91,7 @@ class Server {
   Clock::time_point started_;
   UniqueFd own_pidfd_;
   CompletionQueue completions_;
+  DeviceAccess devices_;
   std::unique_ptr<CopyPool> copy_pool_;
   std::unique_ptr<BackgroundPool> background_;
   std::unique_ptr<BackgroundPool> closers_;
@@ -110,6 +112,7 @@ class Server {
   EventSource listener_source_;
   EventSource completion_source_;
   EventSource timer_;
+  std::optional<Error> device_lost_;    ///< ends the daemon; the supervisor starts another
   std::unique_ptr<Watchdog> watchdog_;  ///< none where systemd asked for none
   std::vector<EventSource> signal_sources_;
   Clock::time_point timer_armed_ = Clock::time_point::max();

@@ -9,6 +9,7 @@
 #include <sys/types.h>
 #include <systemd/sd-event.h>
 
+#include <algorithm>
 #include <array>
 #include <chrono>
 #include <functional>
@@ -29,6 +30,7 @@
 #include "refit/result.hpp"
 #include "server/clock.hpp"
 #include "server/engine_access.hpp"
+#include "server/mapped_region.hpp"
 
 namespace refit::daemon {
 
@@ -54,17 +56,29 @@ struct Proof {
   Clock::time_point at;
 };
 
-/// A checked manifest with its memory mapped. Immutable but for `populated`, which the loop thread
-/// sets once, and `proof`.
+/// A checked manifest with its memory mapped. Immutable but for `proof`, and until `populated`,
+/// which the loop thread sets once, for what a background thread adds to regions and event.
 struct Registration {
+  /// Whoever waits until this memory is its client's alone; the first member, so that it is let go
+  /// behind all others, on whichever thread that is.
+  std::shared_ptr<void> awaited;
   std::shared_ptr<const Manifest> manifest;
-  std::vector<Mapping> regions;
+  std::vector<MappedRegion> regions;
+  /// Recorded by the client before each refit, behind its own work on the tensors; may be null.
+  std::shared_ptr<DeviceEvent> event;
   std::uint64_t generation = 0;  ///< unique in this daemon's life
   std::uint32_t residency_base =
       0;  ///< of its layer buffers' words in the session's request region
   bool populated = false;
   bool asleep = false;  ///< a sleeping engine's: the memory was given up, only the manifest is left
   std::optional<Proof> proof;  ///< the last one
+
+  /// False if some of its memory vanishes with the client, though it is held here.
+  [[nodiscard]] bool outlives_its_client() const noexcept {
+    return std::none_of(regions.begin(), regions.end(), [](const MappedRegion& region) {
+      return region.kind == RegionKind::cuda_legacy || region.kind == RegionKind::cuda_local;
+    });
+  }
 };
 
 /// The phases of a refit in microseconds, as the wire has them.
@@ -194,6 +208,8 @@ class Session {
 
  private:
   Session() = default;
+  /// Room for the next reply's payload, or nullptr.
+  std::byte* allocate_payload(std::size_t bytes);
 
   Doorbell daemon_doorbell_;
   Doorbell client_doorbell_;

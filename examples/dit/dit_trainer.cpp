@@ -91,7 +91,7 @@ class Training {
   }
 
   Json step() {
-    const refit::SharedMemory& live = *spec_.regions().front();
+    const refit::Memory& live = *spec_.regions().front();
     std::memcpy(before_->data(), live.data(), live.bytes());
     const auto start = Clock::now();
     optimizer_.zero_grad();
@@ -115,7 +115,7 @@ class Training {
   // Compares every byte with the copy from before the step; buffers are not learned and not
   // counted.
   [[nodiscard]] std::vector<std::string> unchanged_parameters() const {
-    const refit::SharedMemory& live = *spec_.regions().front();
+    const refit::Memory& live = *spec_.regions().front();
     std::vector<std::string> unchanged;
     for (const refit::TensorSpec& tensor : spec_.tensors()) {
       if (std::find(parameter_names_.begin(), parameter_names_.end(), tensor.name) ==
@@ -177,7 +177,7 @@ int train(const dit::CommonOptions& options, const TrainingOptions& sizes) {
   dit::DiT model(*dit::config_of(options.model));
   auto spec = refit::share_torch_module(*model, options.module);
   if (!spec) return dit::report(spec.error());
-  const std::shared_ptr<refit::SharedMemory> live = spec->regions().front();
+  const std::shared_ptr<refit::Memory> live = spec->regions().front();
   auto scratch = refit::SharedMemory::allocate(live->bytes(), "dit-scratch");
   if (!scratch) return dit::report(scratch.error());
 

@@ -120,7 +120,7 @@ Json ready_event(const refit::ModuleSpec& spec) {
   return {{"event", "ready"},
           {"pid", ::getpid()},
           {"module", spec.name()},
-          {"fd", spec.regions().front()->fd()},
+          {"fd", dynamic_cast<const refit::SharedMemory&>(*spec.regions().front()).fd()},
           {"bytes", bytes},
           {"region_bytes", spec.regions().front()->bytes()},
           {"tensors", std::move(tensors)}};

@@ -49,6 +49,7 @@ class Daemon {
   daemon::Scheduler scheduler_;
   daemon::Replies replies_;
   daemon::Statistics statistics_;
+  daemon::DeviceAccess devices_;
   daemon::Registrar registrar_;
   daemon::Refits refits_;
   std::map<std::uint64_t, std::shared_ptr<Link>> links_;

@@ -66,6 +66,7 @@ DaemonProcess::DaemonProcess(const std::string& socket, const DaemonOptions& opt
     ::prctl(PR_SET_PDEATHSIG, SIGKILL);
     if (::getppid() != parent) ::_exit(1);
     if (!options.point.empty()) ::setenv("REFIT_POINT", options.point.c_str(), 1);
+    for (const auto& [name, value] : options.environment) ::setenv(name.c_str(), value.c_str(), 1);
     ::execv(argv[0], argv.data());
     ::_exit(127);
   }

@@ -6,6 +6,7 @@
 
 #include <sys/types.h>
 
+#include <map>
 #include <optional>
 #include <string>
 #include <vector>
@@ -13,9 +14,10 @@
 namespace refit::test {
 
 struct DaemonOptions {
-  bool test_build = false;             ///< refitd_test, with its named points
-  std::string point;                   ///< REFIT_POINT, e.g. "writing.begun=kill"
-  std::vector<std::string> arguments;  ///< besides --socket
+  bool test_build = false;                         ///< refitd_test, with its named points
+  std::string point;                               ///< REFIT_POINT, e.g. "writing.begun=kill"
+  std::vector<std::string> arguments;              ///< besides --socket
+  std::map<std::string, std::string> environment;  ///< beside this process's own
 };
 
 /// A directory that is removed with everything in it.

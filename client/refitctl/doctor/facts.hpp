@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "memory/device_survey.hpp"
+
 namespace refit::ctl {
 
 /// Whether something that was tried worked: 0, or the errno that it failed with.
@@ -72,6 +74,14 @@ struct DaemonFacts {
   bool draining = false;
 };
 
+/// What CUDA memory needs beside the driver.
+struct CudaFacts {
+  DeviceSurvey survey;
+  bool mps = false;  ///< the Multi-Process Service seems to run
+  bool daemon_of_this_uid = false;
+  std::optional<bool> same_pid_namespace;  ///< as the daemon; nothing if it cannot be told
+};
+
 struct HostFacts {
   std::uint32_t uid = 0;
   std::string own_version;
@@ -84,6 +94,7 @@ struct HostFacts {
   bool socket_given = false;
   WellKnownFacts well_known;
   DaemonFacts daemon;
+  CudaFacts cuda;
 };
 
 }  // namespace refit::ctl

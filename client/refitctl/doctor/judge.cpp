@@ -83,7 +83,8 @@ Finding judge_files(const LimitFacts& limits) {
 Finding judge_locked(const LimitFacts& limits) {
   return {"locked_memory", "RLIMIT_MEMLOCK", Verdict::ok,
           limits.locked_bytes ? format_bytes(*limits.locked_bytes) : "unlimited",
-          "host memory is not locked: any value will do"};
+          "refit locks no memory but through the CUDA driver, which asks for no limit: any value "
+          "will do"};
 }
 
 Finding judge_map_count(const LimitFacts& limits) {
@@ -266,6 +267,65 @@ Finding judge_release(const HostFacts& facts) {
   return finding;
 }
 
+void judge_cuda(const HostFacts& facts, std::vector<Finding>& findings) {
+  const CudaFacts& cuda = facts.cuda;
+  const DeviceSurvey& survey = cuda.survey;
+  if (!survey.driver_there) {
+    // A host for host memory is nothing to mend.
+    findings.push_back({"cuda", "CUDA", Verdict::ok, "none: " + survey.why_not, ""});
+    return;
+  }
+  findings.push_back({"cuda", "CUDA", Verdict::ok,
+                      "driver " + std::to_string(survey.driver_version / 1000) + "." +
+                          std::to_string(survey.driver_version % 1000 / 10) + ", " +
+                          std::to_string(survey.devices.size()) +
+                          (survey.devices.size() == 1 ? " device" : " devices"),
+                      ""});
+  for (std::size_t i = 0; i < survey.devices.size(); ++i) {
+    const SurveyedDevice& device = survey.devices[i];
+    Finding finding{"cuda_device_" + std::to_string(i), "GPU " + std::to_string(i), Verdict::ok,
+                    device.label + ", " + format_bytes(device.memory_bytes) + ", legacy IPC " +
+                        (device.legacy_ipc ? "yes" : "no") + ", VMM fds " +
+                        (device.vmm_fds ? "yes" : "no"),
+                    ""};
+    if (!device.legacy_ipc && !device.vmm_fds) {
+      finding.verdict = Verdict::warn;
+      finding.advice = "its memory cannot be shared between processes (a MIG instance?)";
+    } else if (device.one_process_only) {
+      finding.verdict = Verdict::fail;
+      finding.advice =
+          "its compute mode lets one process in, and a refit needs three: "
+          "`nvidia-smi -c DEFAULT` as root";
+    }
+    findings.push_back(std::move(finding));
+  }
+  Finding legacy{"cuda_legacy", "legacy CUDA IPC", Verdict::ok, "", ""};
+  if (!facts.daemon.answered) {
+    legacy.found = "no daemon to share with";
+  } else if (cuda.same_pid_namespace == false) {
+    legacy.found = "the daemon is in another pid namespace";
+    legacy.verdict = Verdict::warn;
+    legacy.advice =
+        "legacy handles do not cross it: run the container with the host's pids, or use "
+        "VMM memory (PyTorch: PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True)";
+  } else if (!cuda.daemon_of_this_uid) {
+    legacy.found = "the daemon runs as another user";
+    legacy.verdict = Verdict::warn;
+    legacy.advice =
+        "legacy handles are refused across users unless cuda.legacy_across_uids is set, and "
+        "drivers may refuse them anyway: use the user unit, or VMM memory";
+  } else {
+    legacy.found = "the daemon runs as this user";
+  }
+  findings.push_back(std::move(legacy));
+  findings.push_back({"cuda_mps", "CUDA MPS", cuda.mps ? Verdict::warn : Verdict::ok,
+                      cuda.mps ? "seems to run" : "not seen",
+                      cuda.mps
+                          ? "handles between processes inside and outside of MPS are untested: "
+                            "run trainer, engine and daemon on the same side"
+                          : ""});
+}
+
 }  // namespace
 
 std::vector<Finding> judge(const HostFacts& facts) {
@@ -298,7 +358,7 @@ std::vector<Finding> judge(const HostFacts& facts) {
   findings.push_back(judge_socket(facts));
   findings.push_back(judge_daemon(facts));
   findings.push_back(judge_release(facts));
-  findings.push_back({"cuda", "CUDA", Verdict::ok, "not part of this build: host memory only", ""});
+  judge_cuda(facts, findings);
   return findings;
 }
 

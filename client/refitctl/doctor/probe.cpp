@@ -28,6 +28,7 @@
 #include "ipc/handshake.hpp"
 #include "ipc/segment.hpp"
 #include "memory/copy_kernels.hpp"
+#include "memory/device_survey.hpp"
 #include "posix/unique_fd.hpp"
 #include "refit/connection.hpp"
 #include "refitctl/ask.hpp"
@@ -307,6 +308,29 @@ DaemonFacts probe_daemon(const Options& options) {
   return daemon;
 }
 
+/// Two processes of one namespace have one inode behind this link.
+std::string pid_namespace(const std::string& process) {
+  std::array<char, 64> text{};
+  const ssize_t bytes =
+      ::readlink(("/proc/" + process + "/ns/pid").c_str(), text.data(), text.size());
+  return bytes <= 0 ? std::string() : std::string(text.data(), static_cast<std::size_t>(bytes));
+}
+
+CudaFacts probe_cuda(const DaemonFacts& daemon) {
+  CudaFacts facts;
+  facts.survey = survey_devices();
+  const char* const pipes = std::getenv("CUDA_MPS_PIPE_DIRECTORY");
+  facts.mps = ::access(pipes != nullptr ? pipes : "/tmp/nvidia-mps/control", F_OK) == 0;
+  if (!daemon.answered) return facts;
+  struct stat status {};
+  const std::string process = std::to_string(daemon.pid);
+  facts.daemon_of_this_uid =
+      ::stat(("/proc/" + process).c_str(), &status) == 0 && status.st_uid == ::geteuid();
+  const std::string theirs = pid_namespace(process);
+  if (!theirs.empty()) facts.same_pid_namespace = theirs == pid_namespace("self");
+  return facts;
+}
+
 }  // namespace
 
 std::string cgroup_path(const std::string& text) {
@@ -347,6 +371,7 @@ HostFacts probe_host(const Options& options) {
   facts.socket_given = options.socket_given;
   facts.well_known = probe_well_known();
   facts.daemon = probe_daemon(options);
+  facts.cuda = probe_cuda(facts.daemon);
   return facts;
 }
 

@@ -356,7 +356,7 @@ TEST(TorchModule, AModuleWithoutTensorsIsRefused) {
 
 TEST(TorchModule, TensorsKeepTheirMemoryAfterTheManifestIsGone) {
   Net net = make_net(5);
-  std::weak_ptr<refit::SharedMemory> memory;
+  std::weak_ptr<refit::Memory> memory;
   const auto before = copies_of(*net);
   {
     auto sut = refit::share_torch_module(*net, "net");
