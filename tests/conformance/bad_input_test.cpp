@@ -123,8 +123,8 @@ TEST_P(BadInput, EngineManifestWithManyFaultsListsThemAll) {
   constexpr std::uint64_t kMost = ~std::uint64_t{0};
   Model memory("m", {{"room", DType::uint8, {4096}}});
   ModuleSpec spec("transformer");
-  spec.add_region(memory.memory());
-  const std::uint64_t end = memory.memory()->bytes();
+  spec.add_region(memory.memory_of(0));
+  const std::uint64_t end = memory.memory_of(0)->bytes();
   spec.add(spec_of("beyond", DType::uint8, {16}, end - 15));
   spec.add(spec_of("far", DType::uint8, {16}, kMost - 7));
   spec.add(spec_of("product", DType::float64, {std::uint64_t{1} << 32, std::uint64_t{1} << 32}, 0));
@@ -168,7 +168,7 @@ TEST_P(BadInput, EngineManifestWithManyFaultsListsThemAll) {
 
 TEST_P(BadInput, TensorsThatOverlapAcrossTwoModulesAreRefused) {
   ModuleSpec other("vae");
-  must(other.add("stolen", DType::uint8, {8}, target_.memory(), target_.data(1) + 8));
+  must(other.add("stolen", DType::uint8, {8}, target_.memory_of(1), target_.address(1) + 8));
   const auto result = engine_->register_module(other, soon());
   EXPECT_EQ(code_of(result), Errc::bad_manifest) << text_of(result);
   EXPECT_TRUE(
@@ -179,7 +179,7 @@ TEST_P(BadInput, TensorsThatOverlapAcrossTwoModulesAreRefused) {
 TEST_P(BadInput, ManifestLargerThanAMessageIsRefusedAndTheSessionLives) {
   Model memory("m", {{"room", DType::uint8, {4096}}});
   ModuleSpec spec("transformer");
-  spec.add_region(memory.memory());
+  spec.add_region(memory.memory_of(0));
   for (std::uint64_t i = 0; i < 70'000; ++i)
     spec.add(spec_of("tensor." + std::to_string(i), DType::uint8, {0}, 0));
   const auto result = refused_engine(spec, Errc::quota);
@@ -282,11 +282,11 @@ TEST_P(BadInput, MoreModulesThanAnEngineMayHaveAreRefused) {
   Model first("m", {{"t", DType::uint8, {64}}});
   for (int i = 0; i < 64; ++i) {
     ModuleSpec spec("module." + std::to_string(i));
-    must(spec.add("t", DType::uint8, {1}, first.memory(), first.data(0) + i));
+    must(spec.add("t", DType::uint8, {1}, first.memory_of(0), first.address(0) + i));
     must(engine.register_module(spec, soon()));
   }
   ModuleSpec spec("one.more");
-  must(spec.add("t", DType::uint8, {0}, first.memory(), first.data(0)));
+  must(spec.add("t", DType::uint8, {0}, first.memory_of(0), first.address(0)));
   const auto result = engine.register_module(spec, soon());
   EXPECT_EQ(code_of(result), Errc::quota) << text_of(result);
   EXPECT_NE(text_of(result).find("64"), std::string::npos) << text_of(result);
@@ -314,8 +314,8 @@ TEST_P(BadInput, QuestionsOfTheCheckerAboutNothingAreRefused) {
             Errc::bad_argument);
 }
 
-INSTANTIATE_TEST_SUITE_P(Memory, BadInput, ::testing::Values(MemoryKind::host),
-                         [](const auto&) { return "Host"; });
+INSTANTIATE_TEST_SUITE_P(Memory, BadInput, ::testing::ValuesIn(memory_kinds()),
+                         [](const auto& test) { return name_of(test.param); });
 
 }  // namespace
 }  // namespace refit::test

@@ -24,14 +24,14 @@ std::string sha256_hex(const std::string& bytes) {
   return hex;
 }
 
-std::string bytes_of_tensor(const Model& model, std::size_t index) {
+std::string bytes_of_tensor(const test::Model& model, std::size_t index) {
   return {reinterpret_cast<const char*>(model.data(index)), model.bytes(index)};
 }
 
 const std::string kBfloat0To5("\x00\x00\x80\x3f\x00\x40\x40\x40\x80\x40\xa0\x40", 12);
 
 template <typename T>
-void put(const Model& model, std::size_t index, const std::vector<T>& values) {
+void put(const test::Model& model, std::size_t index, const std::vector<T>& values) {
   ASSERT_EQ(model.bytes(index), values.size() * sizeof(T));
   std::memcpy(model.data(index), values.data(), model.bytes(index));
 }
@@ -50,12 +50,13 @@ const std::map<std::string, std::string> kGolden{
     {"i64.scalar", "c47b9eb9dadfe352a6a5d2b74233ce6e820045bf40faae836476ccc0b75f4aa7"},
     {"bf16.empty", "e1e1cba52298223a552e2fbfc11e9a9d30dbeb8ae05aa6aa0bc1e420eeaf1114"}};
 
-void fill_golden(const Model& model) {
+void fill_golden(const test::Model& model) {
   std::memcpy(model.data(0), kBfloat0To5.data(), kBfloat0To5.size());
   std::memcpy(model.data(1), kBfloat0To5.data(), kBfloat0To5.size());
   put<float>(model, 2, {0, 1, 2, 3, 4, 5});
   put<float>(model, 3, {7});
   put<std::int64_t>(model, 4, {7});
+  model.upload();
 }
 
 TEST_P(Refit, SglangDigestsEqualTheGoldenVectors) {
@@ -82,6 +83,7 @@ TEST_P(Refit, ModuleDigestEqualsTheGoldenVector) {
   Model target("transformer", tensors);
   put<float>(target, 0, {0, 1, 2, 3, 4, 5});
   std::memcpy(target.data(1), kBfloat0To5.data(), kBfloat0To5.size());
+  target.upload();
   Engine engine = make_engine("flux", target);
   Observer observer = make_observer();
   DigestRequest request{"flux", "transformer"};
@@ -151,8 +153,11 @@ TEST_P(Refit, DigestOfAStridedTensorIsThatOfItsRowMajorBytes) {
     }
   }
   put<float>(memory, 0, column_major);
+  memory.upload();
+  memory.settle();
   ModuleSpec strided("transformer");
-  must(strided.add("matrix", DType::float32, {3, 4}, memory.memory(), memory.data(0), {1, 3}));
+  must(strided.add("matrix", DType::float32, {3, 4}, memory.memory_of(0), memory.address(0),
+                   {1, 3}));
   Engine engine = must(Engine::connect("flux", options(), soon()));
   must(engine.register_module(strided, soon()));
   Observer observer = make_observer();
@@ -172,6 +177,8 @@ TEST_P(Refit, FastDigestHas128BitsAndSeesEveryChange) {
   EXPECT_EQ(before.tensors[0].second.length, 16U);
   EXPECT_EQ(must(observer.digest(request, soon())).tensors[0].second, before.tensors[0].second);
   target.data(1)[17] ^= std::byte{1};
+  target.upload();
+  target.settle();
   EXPECT_NE(must(observer.digest(request, soon())).tensors[0].second, before.tensors[0].second);
 }
 
@@ -224,7 +231,10 @@ TEST_P(Refit, CheckSeesAByteThatChangedInTheEngineAfterTheRefit) {
                                   *Digest::from_hex(sha256_hex(bytes_of_tensor(source, i))));
   }
   EXPECT_TRUE(must(trainer.check(request, soon())).ok());
+  target.download();
   target.data(1)[target.bytes(1) - 1] ^= std::byte{0x80};
+  target.upload();
+  target.settle();
   const auto report = must(trainer.check(request, soon()));
   EXPECT_EQ(report.mismatched, (std::vector<std::string>{target.names()[1]}));
 }

@@ -14,11 +14,11 @@ using namespace std::chrono_literals;
 
 /// Two engines with two modules each, and one trainer that has both modules.
 struct Fleet {
-  Model source_dit{"transformer", small_tensors()};
-  Model source_vae{"vae", gapped_tensors()};
-  Model dit_a{"transformer", small_tensors()};
-  Model vae_a{"vae", gapped_tensors()};
-  Model dit_b{"transformer", small_tensors()};
+  Refit::Model source_dit{"transformer", small_tensors()};
+  Refit::Model source_vae{"vae", gapped_tensors()};
+  Refit::Model dit_a{"transformer", small_tensors()};
+  Refit::Model vae_a{"vae", gapped_tensors()};
+  Refit::Model dit_b{"transformer", small_tensors()};
 
   void fill(std::uint64_t seed) {
     source_dit.fill(seed);
@@ -232,7 +232,8 @@ TEST_P(Refit, CommittedIdWithOtherTensorsIsWrittenAndNotReplayed) {
   }
 }
 
-// Goal: the same transaction sent twice before the first is done is written once.
+// Goal: the same transaction sent twice before the first is done is written once. While it is
+// written the newer request takes the older one's place; else the second finds it committed.
 TEST_P(Refit, TransactionThatIsSentTwiceIsWrittenOnce) {
   Model source("transformer", small_tensors());
   Model target("transformer", small_tensors());
@@ -246,9 +247,12 @@ TEST_P(Refit, TransactionThatIsSentTwiceIsWrittenOnce) {
   ASSERT_TRUE(asked(engine));
   BackgroundRefit second(two, {{"flux", "transformer"}}, soon(), id);
   const WaitingEngine waiting(engine);
-  ASSERT_TRUE(first.outcome()) << text_of(first.outcome());
+  // One that comes while the other is being written takes over its answer.
+  if (code_of(first.outcome()) != Errc::busy) {
+    ASSERT_TRUE(first.outcome()) << text_of(first.outcome());
+    EXPECT_FALSE(first.outcome()->replayed);
+  }
   ASSERT_TRUE(second.outcome()) << text_of(second.outcome());
-  EXPECT_FALSE(first.outcome()->replayed);
   EXPECT_TRUE(second.outcome()->replayed);
   EXPECT_EQ(engine.version("transformer"), 1U);
 }

@@ -1,15 +1,9 @@
-// Several places of one tensor: a refit writes the host's and the device's, a digest reads either,
-// and nothing else is touched.
+// What is said of the places of layers: to a daemon that comes after another, and by a client that
+// says what no library would, written by hand.
 //
-// The device is another buffer of host memory. Expected digests are SHA-256 by OpenSSL over the
-// trainer's bytes; nothing of the project's digest code is used to make them. Residency words that
-// no client library writes come from a raw client.
+// What a refit makes of them is in offload_test.cpp.
 
 #include <fcntl.h>
-#include <openssl/evp.h>
-
-#include <map>
-#include <set>
 
 #include "ipc/residency_word.hpp"
 #include "ipc/state_word.hpp"
@@ -25,31 +19,6 @@ using namespace std::chrono_literals;
 constexpr std::size_t kLayers = 6;
 const RefitTarget kWhole{"flux", "transformer"};
 
-Digest sha256(const std::byte* data, std::size_t bytes) {
-  Digest digest;
-  unsigned int length = 32;
-  EVP_Digest(data, bytes, digest.bytes.data(), &length, EVP_sha256(), nullptr);
-  digest.length = 32;
-  return digest;
-}
-
-std::map<std::string, Digest> digests_of(const Model& model) {
-  std::map<std::string, Digest> all;
-  for (std::size_t i = 0; i < model.names().size(); ++i)
-    all[model.names()[i]] = sha256(model.data(i), model.bytes(i));
-  return all;
-}
-
-/// Names whose digest is not the expected one.
-std::vector<std::string> wrong(const std::vector<NamedDigest>& got,
-                               const std::map<std::string, Digest>& expected) {
-  std::vector<std::string> names;
-  for (const auto& [name, digest] : got) {
-    if (expected.at(name) != digest) names.push_back(name);
-  }
-  return names;
-}
-
 class Places : public DaemonTest {
  protected:
   Places() {
@@ -64,174 +33,9 @@ class Places : public DaemonTest {
   }
   Observer make_observer() { return must(Observer::connect("observer", options(), soon())); }
 
-  static DigestReport digest(Observer& observer, Place place) {
-    DigestRequest request{"flux", "transformer", DigestKind::raw};
-    request.place = place;
-    return must(observer.digest(request, soon()));
-  }
-
   std::unique_ptr<Model> source_;
   OffloadedModel target_{"transformer", kLayers, 4};
 };
-
-TEST_F(Places, RefitWritesHostAndDeviceAndNothingElse) {
-  Trainer trainer = make_trainer(*source_);
-  Engine sut = make_offloaded(target_);
-  target_.fetch(1);
-  target_.fetch(4);
-  const RefitReport report = must(trainer.refit(kWhole, soon()));
-  must(sut.poll(soon()));
-  EXPECT_TRUE(target_.holds_exactly(*source_));
-  std::uint64_t layer_bytes = 0;
-  std::uint64_t all_bytes = 0;
-  for (std::size_t i = 0; i < source_->names().size(); ++i) {
-    all_bytes += source_->bytes(i);
-    const bool resident = source_->names()[i].rfind("layers.1.", 0) == 0 ||
-                          source_->names()[i].rfind("layers.4.", 0) == 0;
-    layer_bytes += resident ? source_->bytes(i) : 0;
-  }
-  EXPECT_EQ(report.bytes, all_bytes);
-  EXPECT_EQ(report.device_bytes, layer_bytes);
-
-  Observer observer = make_observer();
-  const auto expected = digests_of(*source_);
-  const DigestReport host = digest(observer, Place::host);
-  EXPECT_EQ(host.tensors.size(), expected.size());
-  EXPECT_EQ(wrong(host.tensors, expected), std::vector<std::string>{});
-  EXPECT_TRUE(host.device.empty() && host.absent.empty());
-  const DigestReport device = digest(observer, Place::device);
-  EXPECT_TRUE(device.tensors.empty());
-  EXPECT_EQ(device.device.size(), 10U);
-  EXPECT_EQ(wrong(device.device, expected), std::vector<std::string>{});
-  EXPECT_EQ(device.absent.size(), expected.size() - 10);
-  const DigestReport all = digest(observer, Place::all);
-  EXPECT_EQ(all.tensors, host.tensors);
-  EXPECT_EQ(all.device, device.device);
-  EXPECT_EQ(all.absent, device.absent);
-}
-
-// Goal: a selection writes both places of what it names and leaves the rest of a layer alone.
-TEST_F(Places, SelectionWritesBothPlacesOfItsTensorsOnly) {
-  Trainer trainer = make_trainer(*source_);
-  Engine sut = make_offloaded(target_);
-  target_.fetch(2);
-  must(trainer.refit(kWhole, soon()));
-  must(sut.poll(soon()));
-  auto mixed = model_of(layered_tensors(kLayers), 1);
-  source_->fill(7);
-  RefitTarget part = kWhole;
-  for (std::size_t i = 0; i < mixed->names().size(); ++i) {
-    const std::string& name = mixed->names()[i];
-    if (name != "layers.2.b" && name != "layers.3.h") continue;
-    part.selection.push_back(name);
-    std::memcpy(mixed->data(i), source_->data(i), source_->bytes(i));
-  }
-  must(trainer.refit(part, soon()));
-  must(sut.poll(soon()));
-  EXPECT_TRUE(target_.holds_exactly(*mixed));
-}
-
-// Goal: what checks say of each place. Method: a device place that is spoilt behind everybody's
-// back is found there and only there; what is not resident is absent, not wrong.
-TEST_F(Places, CheckSaysWhichPlaceIsWrong) {
-  Trainer trainer = make_trainer(*source_);
-  Engine sut = make_offloaded(target_);
-  target_.fetch(0);
-  must(trainer.refit(kWhole, soon()));
-  must(sut.poll(soon()));
-  Observer observer = make_observer();
-  CheckRequest request{"flux", "transformer", DigestKind::raw};
-  for (const auto& [name, digest] : digests_of(*source_))
-    request.expected.emplace_back(name, digest);
-  const auto check = [&](Place place) {
-    request.place = place;
-    return must(observer.check(request, soon()));
-  };
-  const auto count = static_cast<std::uint32_t>(request.expected.size());
-  CheckReport report = check(Place::all);
-  EXPECT_TRUE(report.ok());
-  EXPECT_EQ(report.verified, count);
-  EXPECT_EQ(report.absent.size(), count - 5U);
-  report = check(Place::device);
-  EXPECT_TRUE(report.ok());
-  EXPECT_EQ(report.verified, 5U);
-  EXPECT_EQ(report.absent.size(), count - 5U);
-
-  // The first byte of the pool is layer 0's first: tensor layers.0.a.
-  target_.pool()->data()[0] ^= std::byte{1};
-  EXPECT_TRUE(check(Place::host).ok());
-  report = check(Place::device);
-  EXPECT_FALSE(report.ok());
-  EXPECT_EQ(report.verified, 4U);
-  EXPECT_TRUE(report.mismatched.empty());
-  EXPECT_EQ(report.device_mismatched, std::vector<std::string>{"layers.0.a"});
-  report = check(Place::all);
-  EXPECT_FALSE(report.ok());
-  EXPECT_EQ(report.verified, count - 1);
-  EXPECT_EQ(report.device_mismatched, std::vector<std::string>{"layers.0.a"});
-
-  request.expected = {{"embed", request.expected.front().second},
-                      {"nowhere", request.expected.front().second}};
-  report = check(Place::device);
-  EXPECT_EQ(report.missing, std::vector<std::string>{"nowhere"});
-  EXPECT_EQ(report.absent, std::vector<std::string>{"embed"});
-}
-
-// Goal: the sentence of the whole feature. Method: a thread moves layers in and out of the device
-// all the time; after each of 1,000 refits of other bytes every digest of either place is the
-// trainer's, and every byte of host and pool is what it must be, padding and empty places included.
-TEST_F(Places, ThousandRefitsUnderPrefetchLeaveBothPlacesRight) {
-  Trainer trainer = make_trainer(*source_);
-  Engine sut = make_offloaded(target_);
-  Observer observer = make_observer();
-  must(trainer.refit(kWhole, soon()));
-  must(sut.poll(soon()));
-  std::map<std::string, int> seen_on_device;
-  std::size_t device_bytes = 0;
-  {
-    const Prefetcher prefetcher(target_);
-    for (std::uint64_t round = 1; round <= 1'000; ++round) {
-      source_->fill(100 + round);
-      // On a busy machine a thread may not get on for many rounds.
-      const int moves = prefetcher.moves();
-      while (prefetcher.moves() < moves + 3) std::this_thread::sleep_for(50us);
-      const RefitReport report = must(trainer.refit(kWhole, soon()));
-      device_bytes += report.device_bytes;
-      must(sut.poll(soon()));
-      const auto expected = digests_of(*source_);
-      const DigestReport all = digest(observer, Place::all);
-      ASSERT_EQ(all.version, round + 1);
-      ASSERT_EQ(all.tensors.size(), expected.size());
-      ASSERT_EQ(wrong(all.tensors, expected), std::vector<std::string>{})
-          << "host, round " << round;
-      ASSERT_EQ(wrong(all.device, expected), std::vector<std::string>{})
-          << "device, round " << round;
-      for (const auto& [name, digest] : all.device) ++seen_on_device[name];
-      const auto still = target_.still();
-      ASSERT_TRUE(target_.holds_exactly(*source_)) << "round " << round;
-    }
-  }
-  EXPECT_GT(device_bytes, 0U);
-  EXPECT_EQ(seen_on_device.size(), kLayers * 5) << "not every tensor was ever read on the device";
-}
-
-// Goal: a refit that is called off, and one that is refused, let the prefetcher go on.
-TEST_F(Places, PrefetchGoesOnAfterARefitThatWasCalledOff) {
-  Trainer trainer = make_trainer(*source_);
-  Engine sut = must(Engine::connect("flux", options(), soon()));
-  must(sut.register_module(target_.spec(), soon()));
-  Engine other = must(Engine::connect("slow", options(), soon()));
-  OffloadedModel slow("transformer", kLayers, 4);
-  must(other.register_module(slow.spec(), soon()));
-  {
-    // The other engine never answers, so that this one holds still in vain.
-    BackgroundRefit refit(trainer, {kWhole, {"slow", "transformer"}}, Deadline::in(500ms));
-    EXPECT_FALSE(must(sut.wait(Deadline::in(2s))));
-    EXPECT_EQ(code_of(refit.outcome()), Errc::engine_not_ready);
-  }
-  target_.fetch(3);
-  EXPECT_TRUE(target_.resident(3));
-}
 
 // Goal: a new daemon is told where the layers are. Method: two modules with layers, so that each
 // has its own words; layers move while nobody serves.

@@ -1,18 +1,21 @@
 // The fixture of the conformance suite: what a refit does, whatever memory the tensors are in.
 //
-// One suite, instantiated per memory kind in refit_test.cpp: host now, the CUDA kinds join when
-// they exist. Each test runs a real daemon; trainers and engines live in the test's process, an
-// engine answers its gate on a thread of its own unless the test is about sharing one.
+// One suite, instantiated for each memory kind of the program (memory_kinds.hpp). Each test runs a
+// real daemon; trainers and engines live in the test's process, an engine answers its gate on a
+// thread of its own unless the test is about sharing one. Device memory is written late: a test
+// that asks for bytes before a refit that waits for the module's fence settles it first.
 #pragma once
 
 #include <gtest/gtest.h>
 #include <poll.h>
 
+#include <csignal>
 #include <map>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "conformance/memory_kinds.hpp"
 #include "refit/engine.hpp"
 #include "refit/observer.hpp"
 #include "refit/trainer.hpp"
@@ -24,11 +27,23 @@
 
 namespace refit::test {
 
-enum class MemoryKind { host };
-
 class Refit : public ::testing::TestWithParam<MemoryKind> {
+ public:
+  /// A model in memory of the kind that the test is instantiated for.
+  class Model : public test::Model {
+   public:
+    Model(const std::string& module, const std::vector<TensorShape>& tensors, int device = 0)
+        : test::Model(module, tensors, make_storage(GetParam(), sizes_of(tensors), device)) {}
+  };
+
  protected:
-  Refit() : daemon_(socket_) {}
+  explicit Refit(const DaemonOptions& how = {}) : daemon_(socket_, how) {}
+  /// Clients are gone by now. The daemon says by its exit code whether it leaked.
+  ~Refit() override {
+    daemon_.send_signal(SIGTERM);
+    EXPECT_EQ(daemon_.wait_end(20'000), 0);
+    end_of_test();
+  }
 
   static Deadline soon() { return Deadline::in(std::chrono::seconds(20)); }
   [[nodiscard]] ConnectOptions options() const { return {socket_, Waiting::adaptive}; }
@@ -36,12 +51,13 @@ class Refit : public ::testing::TestWithParam<MemoryKind> {
   Trainer connect_trainer(const std::string& name = "trainer") {
     return must(Trainer::connect(name, options(), soon()));
   }
-  Trainer make_trainer(Model& model, const std::string& name = "trainer") {
+  Trainer make_trainer(test::Model& model, const std::string& name = "trainer") {
     Trainer trainer = connect_trainer(name);
     must(trainer.register_module(model.spec(), soon()));
     return trainer;
   }
-  Engine make_engine(const std::string& name, Model& model) {
+  Engine make_engine(const std::string& name, test::Model& model) {
+    model.settle();
     Engine engine = must(Engine::connect(name, options(), soon()));
     must(engine.register_module(model.spec(), soon()));
     return engine;

@@ -41,7 +41,9 @@ TEST_P(Refit, ReportsBytesTensorsGuaranteeAndTransaction) {
   ASSERT_TRUE(report) << report.error().to_string();
   EXPECT_EQ(report->bytes, bytes);
   EXPECT_EQ(report->tensors, small_tensors().size());
-  EXPECT_EQ(report->guarantee, Guarantee::atomic);
+  EXPECT_EQ(report->guarantee, GetParam() == MemoryKind::cuda_legacy
+                                   ? Guarantee::poisoned_on_failure
+                                   : Guarantee::atomic);
   EXPECT_EQ(report->transaction, with_id.transaction);
   EXPECT_FALSE(report->replayed);
 }
@@ -74,14 +76,16 @@ TEST_P(Refit, FollowsStridesOnEitherSide) {
   Model target("transformer", {{"weight", DType::float32, {kRows, kColumns}}});
   source.fill(1);
   ModuleSpec transposed("transformer");
-  must(transposed.add("weight", DType::float32, {kRows, kColumns}, source.memory(), source.data(0),
-                      {1, kRows}));
+  must(transposed.add("weight", DType::float32, {kRows, kColumns}, source.memory_of(0),
+                      source.address(0), {1, kRows}));
+  transposed.set_fence(source.spec().fence());
   Trainer trainer = connect_trainer();
   must(trainer.register_module(transposed, soon()));
   Engine engine = make_engine("flux", target);
   const WaitingEngine waiting(engine);
   const auto report = trainer.refit(kTransformer, soon());
   ASSERT_TRUE(report) << report.error().to_string();
+  target.download();
   for (std::uint64_t row = 0; row < kRows; ++row) {
     for (std::uint64_t column = 0; column < kColumns; ++column) {
       EXPECT_EQ(std::memcmp(target.data(0) + 4 * (row * kColumns + column),
@@ -282,8 +286,8 @@ TEST_P(Refit, UnregisteredModuleIsNoTargetAndNoSource) {
   EXPECT_TRUE(target.equals(source));
 }
 
-INSTANTIATE_TEST_SUITE_P(Memory, Refit, ::testing::Values(MemoryKind::host),
-                         [](const auto&) { return "Host"; });
+INSTANTIATE_TEST_SUITE_P(Memory, Refit, ::testing::ValuesIn(memory_kinds()),
+                         [](const auto& test) { return name_of(test.param); });
 
 }  // namespace
 }  // namespace refit::test

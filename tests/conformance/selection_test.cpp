@@ -80,6 +80,7 @@ TEST_P(Refit, NameMapRenames) {
   const WaitingEngine waiting(engine);
   const auto report = trainer.refit({"flux", "transformer", "policy"}, soon());
   ASSERT_TRUE(report) << report.error().to_string();
+  target.download();
   EXPECT_EQ(std::memcmp(target.data(0), source.data(1), target.bytes(0)), 0);
   EXPECT_EQ(std::memcmp(target.data(1), source.data(0), target.bytes(1)), 0);
 }
@@ -100,10 +101,12 @@ TEST_P(Refit, FusedTargetIsBuiltFromItsParts) {
   Engine engine = make_engine("flux", target);
   const WaitingEngine waiting(engine);
   must(trainer.refit({"flux", "transformer", "", {"norm"}}, soon()));
+  target.download();
   EXPECT_FALSE(std::memcmp(target.data(0), source.data(1), source.bytes(1)) == 0)
       << "a fused target that was not selected was written";
   const auto report = trainer.refit({"flux", "transformer"}, soon());
   ASSERT_TRUE(report) << report.error().to_string();
+  target.download();
   std::vector<std::byte> expected;
   for (const std::size_t part : {1U, 0U, 2U}) {
     expected.insert(expected.end(), source.data(part), source.data(part) + source.bytes(part));
@@ -152,15 +155,16 @@ TEST_P(Refit, SourceWithoutATargetIsRefusedUnlessAllowed) {
 }
 
 /// Adds one shard of `global` rows x columns to a spec: rows [first, first + rows).
-void add_rows(ModuleSpec& spec, const Model& memory, std::size_t index, const std::string& name,
-              std::uint64_t rows, std::uint64_t columns, std::uint64_t first,
-              std::uint64_t global_rows) {
+void add_rows(ModuleSpec& spec, const test::Model& memory, std::size_t index,
+              const std::string& name, std::uint64_t rows, std::uint64_t columns,
+              std::uint64_t first, std::uint64_t global_rows) {
   TensorSpec shard;
   shard.name = name;
   shard.dtype = DType::float32;
   shard.shape = {rows, columns};
-  shard.region = spec.add_region(memory.memory());
-  shard.offset_bytes = static_cast<std::uint64_t>(memory.data(index) - memory.memory()->data());
+  shard.region = spec.add_region(memory.memory_of(index));
+  shard.offset_bytes =
+      static_cast<std::uint64_t>(memory.address(index) - memory.memory_of(index)->data());
   shard.global_shape = {global_rows, columns};
   shard.box_offset = {first, 0};
   spec.add(std::move(shard));
@@ -174,6 +178,7 @@ TEST_P(Refit, ShardsOfTheSourceFillTheWholeTarget) {
   ModuleSpec sharded("transformer");
   add_rows(sharded, source, 0, "weight.rank0", 3, 5, 0, 8);
   add_rows(sharded, source, 1, "weight.rank1", 5, 5, 3, 8);
+  sharded.set_fence(source.spec().fence());
   sharded.set_name_map({{R"((.*)\.rank\d)", R"(\1)"}});
   Trainer trainer = connect_trainer();
   must(trainer.register_module(sharded, soon()));
@@ -181,6 +186,7 @@ TEST_P(Refit, ShardsOfTheSourceFillTheWholeTarget) {
   const WaitingEngine waiting(engine);
   const auto report = trainer.refit({"flux", "transformer"}, soon());
   ASSERT_TRUE(report) << report.error().to_string();
+  target.download();
   EXPECT_EQ(std::memcmp(target.data(0), source.data(0), source.bytes(0)), 0);
   EXPECT_EQ(std::memcmp(target.data(0) + source.bytes(0), source.data(1), source.bytes(1)), 0);
 }
@@ -199,12 +205,14 @@ TEST_P(Refit, ShardOfTheTargetGetsItsOwnRows) {
   before.fill(2);
   ModuleSpec rank("transformer");
   add_rows(rank, target, 1, "weight", 3, 5, 2, 8);
+  rank.set_fence(target.spec().fence());
   Trainer trainer = make_trainer(source);
   Engine engine = must(Engine::connect("flux", options(), soon()));
   must(engine.register_module(rank, soon()));
   const WaitingEngine waiting(engine);
   const auto report = trainer.refit({"flux", "transformer"}, soon());
   ASSERT_TRUE(report) << report.error().to_string();
+  target.download();
   constexpr std::size_t kRowBytes = 5 * 4;
   EXPECT_EQ(std::memcmp(target.data(1), source.data(0) + 2 * kRowBytes, 3 * kRowBytes), 0);
   EXPECT_TRUE(target.tensor_equals(before, 0));

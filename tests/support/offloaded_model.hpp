@@ -1,12 +1,14 @@
 // OffloadedModel: an engine's module whose layers have device places that come, go and move.
 //
 // Layers as layer-wise offload packs them: one consolidated buffer per layer and dtype, tensors at
-// 32-byte aligned starts, padding between them. The "device" is a pool of host memory. Any thread
-// may fetch and drop layers; `still()` is held to look at all of it.
+// 32-byte aligned starts, padding between them. The pool is whatever its maker makes: host memory
+// that stands for a device's, or a device's. Any thread may fetch and drop layers; `still()` is
+// held to look at all of it.
 #pragma once
 
 #include <atomic>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <random>
@@ -19,14 +21,15 @@
 
 namespace refit::test {
 
-/// What a trainer registers for an OffloadedModel of as many layers.
-inline std::vector<TensorShape> layered_tensors(std::size_t layers) {
+/// What a trainer registers for an OffloadedModel of as many layers. Layers are about 44 * `width`
+/// bytes large.
+inline std::vector<TensorShape> layered_tensors(std::size_t layers, std::uint64_t width = 1) {
   std::vector<TensorShape> tensors{{"embed", DType::float32, {37}}};
   for (std::size_t i = 0; i < layers; ++i) {
     const std::string layer = "layers." + std::to_string(i);
     tensors.push_back({layer + ".a", DType::float32, {3, 3}});
     tensors.push_back({layer + ".b", DType::float32, {5}});
-    tensors.push_back({layer + ".c", DType::float32, {11}});
+    tensors.push_back({layer + ".c", DType::float32, {width, 11}});
     tensors.push_back({layer + ".h", DType::bfloat16, {7}});
     tensors.push_back({layer + ".i", DType::bfloat16, {2, 9}});
   }
@@ -39,9 +42,15 @@ class OffloadedModel {
   static constexpr std::uint8_t kHostPadding = 0xa5;
   static constexpr std::uint8_t kPoolEmpty = 0x5a;
 
-  OffloadedModel(const std::string& module, std::size_t layers, std::size_t places)
+  using PoolMaker =
+      std::function<std::shared_ptr<ModelStorage>(const std::vector<std::uint64_t>& bytes)>;
+
+  OffloadedModel(
+      const std::string& module, std::size_t layers, std::size_t places, std::uint64_t width = 1,
+      const PoolMaker& make_pool =
+          [](const auto& bytes) { return std::make_shared<HostStorage>(bytes); })
       : spec_(module), layers_(layers) {
-    const std::vector<TensorShape> tensors = layered_tensors(layers);
+    const std::vector<TensorShape> tensors = layered_tensors(layers, width);
     std::size_t bytes = 0;
     const auto take = [&bytes](std::size_t size) {
       const std::size_t begin = (bytes + 31) / 32 * 32;
@@ -74,19 +83,21 @@ class OffloadedModel {
       place_bytes_ = std::max(place_bytes_, (place_end + 31) / 32 * 32 + kGapBytes);
     }
     host_ = must(SharedMemory::allocate(bytes + kGapBytes, "refit-test-host"));
-    pool_ = must(SharedMemory::allocate(places * place_bytes_, "refit-test-pool"));
+    pool_bytes_ = places * place_bytes_;
+    pool_ = make_pool({pool_bytes_});
     std::memset(host_->data(), kHostPadding, host_->bytes());
-    std::memset(pool_->data(), kPoolEmpty, pool_->bytes());
+    std::memset(pool_view(), kPoolEmpty, pool_bytes_);
+    write_pool();
     // What lies further behind is as unlikely to be hit as any other memory of the process.
     host_bytes_ = bytes + kGapBytes;
-    pool_shadow_.assign(pool_->data(), pool_->data() + places * place_bytes_);
+    pool_shadow_.assign(pool_view(), pool_view() + pool_bytes_);
     for (Layer& layer : layers_) {
       for (Buffer& buffer : layer.buffers) {
         buffer.index =
             must(spec_.add_layer_buffer(host_, host_->data() + buffer.host_offset, buffer.bytes));
       }
     }
-    spec_.add_pool(pool_);
+    spec_.add_pool(pool_->places().front().memory);
     for (const Tensor& tensor : tensors_) {
       must(spec_.add(tensor.shape.name, tensor.shape.dtype, tensor.shape.shape, host_,
                      host_->data() + tensor.offset));
@@ -97,8 +108,12 @@ class OffloadedModel {
   [[nodiscard]] ModuleSpec& spec() { return spec_; }
   [[nodiscard]] std::size_t layers() const { return layers_.size(); }
   [[nodiscard]] std::unique_lock<std::mutex> still() { return std::unique_lock(mutex_); }
-  [[nodiscard]] const std::shared_ptr<SharedMemory>& pool() const { return pool_; }
-  [[nodiscard]] const std::shared_ptr<SharedMemory>& host() const { return host_; }
+  /// Changes a byte behind everybody's back.
+  void spoil_pool(std::size_t offset) {
+    pool_->download();
+    pool_view()[offset] ^= std::byte{1};
+    write_pool();
+  }
   [[nodiscard]] bool resident(std::size_t layer) const { return layers_[layer].place >= 0; }
 
   /// Copies a layer to the place that has been free for longest.
@@ -109,11 +124,16 @@ class OffloadedModel {
     if (layer.place >= 0 || free_places_.empty()) return;
     layer.place = static_cast<std::ptrdiff_t>(free_places_.front());
     free_places_.erase(free_places_.begin());
+    pool_->download();
     for (const Buffer& buffer : layer.buffers) {
       const std::size_t begin = place_of(layer) + buffer.place_offset;
-      std::memcpy(pool_->data() + begin, host_->data() + buffer.host_offset, buffer.bytes);
+      std::memcpy(pool_view() + begin, host_->data() + buffer.host_offset, buffer.bytes);
       std::memcpy(pool_shadow_.data() + begin, host_->data() + buffer.host_offset, buffer.bytes);
-      must(move.resident(buffer.index, pool_->data() + begin));
+    }
+    write_pool();
+    for (const Buffer& buffer : layer.buffers) {
+      std::byte* const pool = pool_->places().front().address;
+      must(move.resident(buffer.index, pool + place_of(layer) + buffer.place_offset));
     }
   }
   /// Leaves nothing where the layer was.
@@ -123,7 +143,9 @@ class OffloadedModel {
     Layer& layer = layers_[index];
     if (layer.place < 0) return;
     for (const Buffer& buffer : layer.buffers) move.absent(buffer.index);
-    std::memset(pool_->data() + place_of(layer), kPoolEmpty, place_bytes_);
+    pool_->download();
+    std::memset(pool_view() + place_of(layer), kPoolEmpty, place_bytes_);
+    write_pool();
     std::memset(pool_shadow_.data() + place_of(layer), kPoolEmpty, place_bytes_);
     free_places_.push_back(static_cast<std::size_t>(layer.place));
     layer.place = -1;
@@ -140,8 +162,9 @@ class OffloadedModel {
       std::memcpy(pool_shadow_.data() + place_of(layers_[tensor.layer]) + tensor.place_offset,
                   source.data(i), source.bytes(i));
     }
+    pool_->download();
     return std::memcmp(expected.data(), host_->data(), expected.size()) == 0 &&
-           std::memcmp(pool_shadow_.data(), pool_->data(), pool_shadow_.size()) == 0;
+           std::memcmp(pool_shadow_.data(), pool_view(), pool_shadow_.size()) == 0;
   }
 
  private:
@@ -164,6 +187,12 @@ class OffloadedModel {
     std::vector<Buffer> buffers;
     std::ptrdiff_t place = -1;
   };
+  [[nodiscard]] std::byte* pool_view() const { return pool_->places().front().view; }
+  /// All of it, so that nothing of it is queued when a layer is said to be there.
+  void write_pool() {
+    pool_->upload();
+    pool_->settle();
+  }
   [[nodiscard]] std::size_t place_of(const Layer& layer) const {
     return static_cast<std::size_t>(layer.place) * place_bytes_;
   }
@@ -174,7 +203,8 @@ class OffloadedModel {
   std::size_t place_bytes_ = 0;
   std::size_t host_bytes_ = 0;
   std::shared_ptr<SharedMemory> host_;
-  std::shared_ptr<SharedMemory> pool_;
+  std::shared_ptr<ModelStorage> pool_;
+  std::size_t pool_bytes_ = 0;
   std::mutex mutex_;
   std::vector<std::byte> pool_shadow_;
   std::vector<std::size_t> free_places_;

@@ -1,0 +1,360 @@
+// What only device memory has: sides on the host and on devices in any mixture, several devices,
+// and what a refit costs the driver once everything is open.
+//
+// See refit_fixture.hpp for how the suite is built. What the daemon asked of the driver is counted
+// by the fake one, in a page that it shares.
+
+#include <sys/resource.h>
+
+#include <cstdlib>
+#include <set>
+
+#include "conformance/refit_fixture.hpp"
+#include "support/cuda/device_storage.hpp"
+#include "support/offloaded_model.hpp"
+
+namespace refit::test {
+namespace {
+
+const RefitTarget kTransformer{"flux", "transformer"};
+
+class Devices : public Refit {
+ protected:
+  fakecuda::ProcessReport daemon_report() {
+    auto report = fakecuda::ProcessReport::open(std::getenv("FAKECUDA_DIR"), daemon_.pid());
+    EXPECT_TRUE(report);
+    return std::move(*report);
+  }
+  using Calls = std::map<std::string, std::uint64_t>;
+  static Calls calls_of(const fakecuda::ProcessReport& report) {
+    Calls all;
+    for (const auto& entry : report->calls) {
+      if (entry.name[0] == '\0') break;
+      all[entry.name] += entry.count.load();
+    }
+    return all;
+  }
+  /// Calls since `before`, those of no number left out.
+  static Calls since(const Calls& before, const Calls& now) {
+    Calls made;
+    for (const auto& [name, count] : now) {
+      const auto old = before.find(name);
+      const std::uint64_t first = old == before.end() ? 0 : old->second;
+      if (count != first) made[name] = count - first;
+    }
+    return made;
+  }
+  static std::vector<std::uint64_t> gauges_of(const fakecuda::ProcessReport& report) {
+    std::vector<std::uint64_t> all;
+    for (const auto& gauge : report->gauges) all.push_back(gauge.load());
+    return all;
+  }
+
+  /// Refits steps of other bytes and compares them.
+  void expect_refits(Trainer& trainer, test::Model& source, const test::Model& target,
+                     std::uint64_t first_step) {
+    for (std::uint64_t step = first_step; step < first_step + 3; ++step) {
+      source.fill(step);
+      const auto report = trainer.refit(kTransformer, soon());
+      ASSERT_TRUE(report) << report.error().to_string();
+      EXPECT_TRUE(target.equals(source)) << "step " << step;
+    }
+  }
+};
+
+std::vector<TensorShape> many_tensors(std::size_t count) {
+  std::vector<TensorShape> tensors;
+  for (std::size_t i = 0; i < count; ++i)
+    tensors.push_back({"t." + std::to_string(i), DType::bfloat16, {3 + i % 7, 5}});
+  return tensors;
+}
+
+TEST_P(Devices, HostSourceReachesADeviceTarget) {
+  test::Model source("transformer", small_tensors());
+  Model target("transformer", small_tensors());
+  Trainer trainer = make_trainer(source);
+  Engine engine = make_engine("flux", target);
+  const WaitingEngine waiting(engine);
+  expect_refits(trainer, source, target, 1);
+  EXPECT_EQ(must(trainer.refit(kTransformer, soon())).guarantee, Guarantee::atomic)
+      << "the source outlives its trainer";
+}
+
+TEST_P(Devices, DeviceSourceReachesAHostTarget) {
+  Model source("transformer", small_tensors());
+  test::Model target("transformer", small_tensors());
+  Trainer trainer = make_trainer(source);
+  Engine engine = make_engine("flux", target);
+  const WaitingEngine waiting(engine);
+  expect_refits(trainer, source, target, 1);
+}
+
+// Goal: one module may lie on both sides of the bus. Method: every other tensor is on the host, and
+// not the same ones in the trainer and in the engine, so that all four pairs are in one refit.
+TEST_P(Devices, ModulesThatAreInPartOnTheHostAreRefittedWhole) {
+  const auto tensors = many_tensors(40);
+  Model device_source("transformer", tensors);
+  test::Model host_source("transformer", tensors);
+  Model device_target("transformer", tensors);
+  test::Model host_target("transformer", tensors);
+  const auto mix = [&](const test::Model& device, const test::Model& host, std::size_t period) {
+    ModuleSpec spec("transformer");
+    for (std::size_t i = 0; i < tensors.size(); ++i) {
+      const test::Model& side = i / period % 2 == 0 ? device : host;
+      must(spec.add(tensors[i].name, tensors[i].dtype, tensors[i].shape, side.memory_of(i),
+                    side.address(i)));
+    }
+    return spec;
+  };
+  ModuleSpec source = mix(device_source, host_source, 1);
+  source.set_fence(device_source.spec().fence());
+  ModuleSpec target = mix(device_target, host_target, 2);
+  target.set_fence(device_target.spec().fence());
+  Trainer trainer = connect_trainer();
+  must(trainer.register_module(source, soon()));
+  Engine engine = must(Engine::connect("flux", options(), soon()));
+  must(engine.register_module(target, soon()));
+  const WaitingEngine waiting(engine);
+  for (std::uint64_t step = 1; step <= 3; ++step) {
+    device_source.fill(step);
+    host_source.fill(step);
+    const auto report = trainer.refit(kTransformer, soon());
+    ASSERT_TRUE(report) << report.error().to_string();
+    device_target.download();
+    for (std::size_t i = 0; i < tensors.size(); ++i) {
+      const test::Model& side =
+          i / 2 % 2 == 0 ? static_cast<test::Model&>(device_target) : host_target;
+      EXPECT_EQ(std::memcmp(side.data(i), host_source.data(i), side.bytes(i)), 0)
+          << "step " << step << ", tensor " << i;
+    }
+  }
+}
+
+TEST_P(Devices, SourceOnOneReachesATargetOnAnother) {
+  Model source("transformer", small_tensors(), 0);
+  Model target("transformer", small_tensors(), 1);
+  Trainer trainer = make_trainer(source);
+  Engine engine = make_engine("flux", target);
+  const WaitingEngine waiting(engine);
+  expect_refits(trainer, source, target, 1);
+  EXPECT_EQ(digests("flux", "transformer").size(), target.names().size());
+}
+
+// Goal: ranks on several devices are written together from one of them.
+TEST_P(Devices, EnginesOnSeveralAreWrittenTogether) {
+  Model source("transformer", small_tensors(), 1);
+  Model first("transformer", small_tensors(), 0);
+  Model second("transformer", small_tensors(), 1);
+  Trainer trainer = make_trainer(source);
+  Engine a = make_engine("a", first);
+  Engine b = make_engine("b", second);
+  const WaitingEngine waiting_a(a);
+  const WaitingEngine waiting_b(b);
+  for (std::uint64_t step = 1; step <= 3; ++step) {
+    source.fill(step);
+    const auto report = trainer.refit_all({{"a", "transformer"}, {"b", "transformer"}}, soon());
+    ASSERT_TRUE(report) << report.error().to_string();
+    EXPECT_TRUE(first.equals(source));
+    EXPECT_TRUE(second.equals(source));
+  }
+  EXPECT_EQ(digests("a", "transformer"), digests("b", "transformer"));
+}
+
+TEST_P(Devices, OffloadedLayersComeFromAHostSourceToo) {
+  constexpr std::size_t kLayers = 3;
+  test::Model source("transformer", layered_tensors(kLayers));
+  source.fill(1);
+  OffloadedModel target("transformer", kLayers, 2, 1,
+                        [](const auto& bytes) { return make_storage(GetParam(), bytes, 1); });
+  Trainer trainer = make_trainer(source);
+  Engine engine = must(Engine::connect("flux", options(), soon()));
+  must(engine.register_module(target.spec(), soon()));
+  engine.bind_to_this_thread();
+  target.fetch(2);
+  const RefitReport report = must(trainer.refit(kTransformer, soon()));
+  must(engine.poll(soon()));
+  EXPECT_GT(report.device_bytes, 0U);
+  EXPECT_TRUE(target.holds_exactly(source));
+}
+
+// ---- what it costs
+
+// Goal: once a plan is there, a refit opens, allocates and registers nothing, and asks the driver
+// for one copy for each pair of places, whatever the number of tensors.
+TEST_P(Devices, RefitAfterTheFirstIsOneBatchForEachPairAndNothingElse) {
+  for (const std::size_t count : {1U, 17U, 900U}) {
+    const auto tensors = many_tensors(count);
+    Model source("transformer", tensors);
+    Model same_device("transformer", tensors);
+    Model other_device("transformer", tensors, 1);
+    test::Model host("transformer", tensors);
+    Trainer trainer = make_trainer(source);
+    Engine a = make_engine("a", same_device);
+    Engine b = make_engine("b", other_device);
+    Engine c = make_engine("c", host);
+    const WaitingEngine waiting_a(a);
+    const WaitingEngine waiting_b(b);
+    const WaitingEngine waiting_c(c);
+    const std::vector<RefitTarget> all{
+        {"a", "transformer"}, {"b", "transformer"}, {"c", "transformer"}};
+    source.fill(1);
+    must(trainer.refit_all(all, soon()));
+    const auto report = daemon_report();
+    const auto before = calls_of(report);
+    const auto held = gauges_of(report);
+    constexpr std::uint64_t kRefits = 10;
+    for (std::uint64_t step = 2; step < 2 + kRefits; ++step) {
+      source.fill(step);
+      must(trainer.refit_all(all, soon()));
+    }
+    const Calls made = since(before, calls_of(report));
+    EXPECT_EQ(gauges_of(report), held);
+    const std::set<std::string> allowed{"cuCtxPushCurrent",  "cuCtxPopCurrent",
+                                        "cuStreamWaitEvent", "cuMemcpyBatchAsync",
+                                        "cuEventRecord",     "cuEventSynchronize"};
+    for (const auto& [name, times] : made)
+      EXPECT_TRUE(allowed.contains(name)) << name << ", " << times << " times";
+    EXPECT_EQ(made.at("cuMemcpyBatchAsync"), 3 * kRefits) << count << " tensors";
+    EXPECT_TRUE(same_device.equals(source));
+    EXPECT_TRUE(other_device.equals(source));
+    EXPECT_TRUE(host.equals(source));
+  }
+}
+
+// Goal: nothing grows with refits, digests and registrations: no handle, descriptor, mapping or
+// device memory of the daemon.
+TEST_P(Devices, TenThousandRefitsLeaveNothingBehind) {
+  Model source("transformer", small_tensors());
+  Model first("transformer", small_tensors());
+  Model second("transformer", small_tensors());
+  Trainer trainer = make_trainer(source);
+  Engine engine = make_engine("flux", first);
+  engine.bind_to_this_thread();
+  const auto round = [&](std::uint64_t refits) {
+    for (Model* const target : {&second, &first}) {
+      must(engine.register_module(target->spec(), soon()));
+      for (std::uint64_t i = 0; i < refits; ++i) must(trainer.refit(kTransformer, soon()));
+      must(engine.poll(soon()));
+      must(trainer.digest({"flux", "transformer", DigestKind::raw}, soon()));
+      must(trainer.register_module(source.spec(), soon()));
+    }
+  };
+  // Readers, threads and their stacks are made when first needed.
+  round(200);
+  const auto report = daemon_report();
+  // What was replaced is let go in the background.
+  const auto settled = [&] {
+    return eventually([&] { return report->gauge(fakecuda::Gauge::pending_operations) == 0; });
+  };
+  ASSERT_TRUE(settled());
+  round(1);
+  std::vector<std::uint64_t> held;
+  std::size_t fds = 0;
+  ASSERT_TRUE(eventually([&] {
+    const auto now = gauges_of(report);
+    const bool same = now == held;
+    held = now;
+    fds = count_fds(daemon_.pid());
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    return same;
+  }));
+  const std::size_t maps = count_maps(daemon_.pid());
+  for (int i = 0; i < 10; ++i) round(500);
+  EXPECT_TRUE(eventually([&] { return gauges_of(report) == held; }));
+  EXPECT_TRUE(eventually([&] { return count_fds(daemon_.pid()) == fds; }))
+      << fds << " before, " << count_fds(daemon_.pid()) << " after";
+  // Heaps of threads come and go; one mapping for each of 20 registrations would show.
+  EXPECT_LE(count_maps(daemon_.pid()), maps + 8);
+  source.fill(5);
+  must(trainer.refit(kTransformer, soon()));
+  EXPECT_TRUE(first.equals(source));
+}
+
+// ---- when memory is its owner's again
+
+/// A module of one tensor in memory that the test frees itself.
+struct Loan {
+  explicit Loan(const std::string& module)
+      : memory(std::make_unique<DeviceAllocation>(
+            Refit::GetParam() == MemoryKind::cuda_legacy ? DeviceKind::legacy : DeviceKind::vmm, 0,
+            4096)),
+        spec(module) {
+    const auto shared = must(DeviceMemory::share(memory->pointer(), 4096));
+    must(spec.add("t", DType::uint8, {64}, shared, memory->pointer()));
+  }
+  std::unique_ptr<DeviceAllocation> memory;
+  ModuleSpec spec;
+};
+
+// Goal: to free what another process has open is undefined, so the reply comes when it has not.
+// Method: the fake driver reports a free of open memory at the end of the test. Digests of the
+// module are under way meanwhile, which hold the memory too.
+TEST_P(Devices, MemoryMayBeFreedWhenItsModuleIsUnregistered) {
+  Engine engine = must(Engine::connect("flux", options(), soon()));
+  Trainer trainer = connect_trainer();
+  std::atomic<bool> stop{false};
+  std::thread digests([&] {
+    Observer observer = make_observer();
+    while (!stop.load()) {
+      static_cast<void>(observer.digest({"flux", "vae", DigestKind::raw}, soon()));
+    }
+  });
+  for (int i = 0; i < 100; ++i) {
+    Loan target("vae");
+    Loan source("vae");
+    must(engine.register_module(target.spec, soon()));
+    must(trainer.register_module(source.spec, soon()));
+    std::this_thread::yield();
+    must(engine.unregister_module("vae", soon()));
+    target.memory.reset();
+    must(trainer.unregister_module("vae", soon()));
+    source.memory.reset();
+  }
+  stop.store(true);
+  digests.join();
+}
+
+TEST_P(Devices, MemoryMayBeFreedWhenOtherMemoryTookItsPlace) {
+  Engine engine = must(Engine::connect("flux", options(), soon()));
+  Trainer trainer = connect_trainer();
+  auto target = std::make_unique<Loan>("vae");
+  auto source = std::make_unique<Loan>("vae");
+  must(engine.register_module(target->spec, soon()));
+  must(trainer.register_module(source->spec, soon()));
+  engine.bind_to_this_thread();
+  for (int i = 0; i < 100; ++i) {
+    must(trainer.refit({"flux", "vae"}, soon()));
+    must(engine.poll(soon()));
+    auto next = std::make_unique<Loan>("vae");
+    must(engine.register_module(next->spec, soon()));
+    target = std::move(next);
+    next = std::make_unique<Loan>("vae");
+    must(trainer.register_module(next->spec, soon()));
+    source = std::move(next);
+  }
+  must(engine.unregister_module("vae", soon()));
+  must(trainer.unregister_module("vae", soon()));
+}
+
+TEST_P(Devices, MemoryMayBeFreedWhileItsEngineSleeps) {
+  Model source("transformer", small_tensors());
+  Trainer trainer = make_trainer(source);
+  Loan first("transformer");
+  Engine engine = must(Engine::connect("flux", options(), soon()));
+  must(engine.register_module(first.spec, soon()));
+  for (int i = 0; i < 20; ++i) {
+    must(engine.sleep(soon()));
+    first.memory.reset();
+    first = Loan("transformer");
+    must(engine.register_module(first.spec, soon()));
+    must(engine.wake(soon()));
+    EXPECT_EQ(digests("flux", "transformer").size(), 1U);
+  }
+  must(engine.unregister_module("transformer", soon()));
+}
+
+INSTANTIATE_TEST_SUITE_P(Memory, Devices, ::testing::ValuesIn(memory_kinds()),
+                         [](const auto& test) { return name_of(test.param); });
+
+}  // namespace
+}  // namespace refit::test

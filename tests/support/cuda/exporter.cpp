@@ -1,0 +1,92 @@
+#include "support/cuda/exporter.hpp"
+
+#include <fcntl.h>
+#include <gtest/gtest.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <csignal>
+#include <cstdlib>
+#include <string>
+
+#include "memory/device_sharing.hpp"
+#include "support/cuda/device_storage.hpp"
+#include "support/must.hpp"
+
+namespace refit::test {
+namespace {
+
+constexpr const char* kMark = "REFIT_TEST_CUDA_EXPORTER";  // the fd that it writes to
+
+struct Message {
+  DeviceUuid device{};
+  std::uint64_t allocation = 0;
+  std::uint64_t bytes = 0;
+  IpcHandle handle{};
+};
+
+}  // namespace
+
+bool is_exporter() { return std::getenv(kMark) != nullptr; }
+
+void export_until_told() {
+  const DeviceAllocation memory(DeviceKind::legacy, 0, 8192);
+  const auto shared = must(share_device_memory(memory.pointer(), 8192, "the exporter's memory"));
+  const DeviceClaim& claim = shared->claim();
+  const Message message{claim.device, claim.allocation, claim.bytes, claim.pieces.front().handle};
+  const int to = std::atoi(std::getenv(kMark));
+  if (::write(to, &message, sizeof message) != sizeof message) std::_Exit(1);
+  for (;;) ::pause();
+}
+
+CudaExporter::CudaExporter() {
+  int pipe[2] = {-1, -1};
+  EXPECT_EQ(::pipe2(pipe, O_CLOEXEC), 0);
+  const std::string number = std::to_string(pipe[1]);
+  pid_ = ::fork();
+  if (pid_ == 0) {
+    ::prctl(PR_SET_PDEATHSIG, SIGKILL);
+    ::fcntl(pipe[1], F_SETFD, 0);
+    ::setenv(kMark, number.c_str(), 1);
+    char name[] = "cuda_exporter";
+    char* argv[] = {name, nullptr};
+    ::execv("/proc/self/exe", argv);
+    ::_exit(127);
+  }
+  ::close(pipe[1]);
+  from_ = pipe[0];
+  Message message;
+  EXPECT_EQ(::read(from_, &message, sizeof message), static_cast<ssize_t>(sizeof message));
+  claim_.kind = RegionKind::cuda_legacy;
+  claim_.device = message.device;
+  claim_.allocation = message.allocation;
+  claim_.bytes = message.bytes;
+  DevicePiece piece;
+  piece.bytes = message.bytes;
+  piece.handle = message.handle;
+  claim_.pieces.push_back(std::move(piece));
+}
+
+DeviceClaim CudaExporter::claim() const {
+  DeviceClaim copy;
+  copy.kind = claim_.kind;
+  copy.device = claim_.device;
+  copy.allocation = claim_.allocation;
+  copy.bytes = claim_.bytes;
+  DevicePiece piece;
+  piece.bytes = claim_.bytes;
+  piece.handle = claim_.pieces.front().handle;
+  copy.pieces.push_back(std::move(piece));
+  return copy;
+}
+
+void CudaExporter::kill_now() {
+  if (pid_ <= 0) return;
+  ::kill(pid_, SIGKILL);
+  ::waitpid(pid_, nullptr, 0);
+  ::close(from_);
+  pid_ = -1;
+}
+
+}  // namespace refit::test

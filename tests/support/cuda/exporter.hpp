@@ -1,0 +1,36 @@
+// CudaExporter: a process that shares some device memory by a legacy handle and can die at any
+// moment.
+//
+// It is this very program, started anew: a driver does not survive a fork. main.cpp calls
+// export_until_told() in it. One thread.
+#pragma once
+
+#include <sys/types.h>
+
+#include "memory/devices.hpp"
+
+namespace refit::test {
+
+class CudaExporter {
+ public:
+  CudaExporter();
+  ~CudaExporter() { kill_now(); }
+  CudaExporter(const CudaExporter&) = delete;
+  CudaExporter& operator=(const CudaExporter&) = delete;
+
+  /// As the process exported it.
+  [[nodiscard]] DeviceClaim claim() const;
+  void kill_now();
+
+ private:
+  pid_t pid_ = -1;
+  int from_ = -1;
+  DeviceClaim claim_;
+};
+
+/// True in such a process; see export_until_told().
+bool is_exporter();
+/// Its whole life.
+[[noreturn]] void export_until_told();
+
+}  // namespace refit::test
