@@ -9,6 +9,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <fstream>
 #include <random>
 
 #include "support/client_process.hpp"
@@ -387,6 +388,44 @@ TEST_F(Reconnect, EngineWhoseNameIsTakenForAMomentComesBack) {
     must(sut.poll(soon()));
     return sut.connected();
   }));
+}
+
+// Goal: a process that took the name and keeps it is an error, not a reason to ask for ever.
+TEST_F(Reconnect, EngineWhoseNameStaysTakenIsToldWhoHoldsIt) {
+  start();
+  Engine sut = make_engine("flux", *target_);
+  daemon_->kill_now();
+  start();
+  ClientProcess other;
+  ASSERT_EQ(other.ask("engine flux " + socket_), "ok");
+
+  Result<std::optional<GateEvent>> outcome = std::nullopt;
+  EXPECT_TRUE(eventually([&] { return !(outcome = sut.wait(Deadline::in(10ms))); }));
+
+  EXPECT_EQ(code_of(outcome), Errc::name_taken);
+  EXPECT_NE(text_of(outcome).find("held by pid " + std::to_string(other.pid())), std::string::npos)
+      << text_of(outcome);
+  EXPECT_TRUE(sut.step_allowed()) << "its weights are whole all the same";
+}
+
+// Goal: what asking again cannot mend is not asked again. Method: the next daemon takes fewer
+// tensors than the trainer holds; a call that has an hour comes back at once, or the test's own
+// limit ends it.
+TEST_F(Reconnect, RefusalByTheNextDaemonIsTheCallsError) {
+  start();
+  Trainer sut = make_trainer(*source_);
+  daemon_->kill_now();
+  const std::string file = directory_.path() + "/refitd.toml";
+  std::ofstream(file) << "[limits]\ntensors_per_uid = 1\n";
+  DaemonOptions how;
+  how.arguments = {"--config", file};
+  start(how);
+
+  const auto outcome = sut.refit(kWhole, Deadline::in(1h));
+
+  EXPECT_EQ(code_of(outcome), Errc::quota);
+  EXPECT_NE(text_of(outcome).find("limits.tensors_per_uid in " + file), std::string::npos)
+      << text_of(outcome);
 }
 
 // Goal: a daemon that is stopped is not dead: nobody leaves it while it may be writing; once it is

@@ -101,7 +101,7 @@ TEST(Daemon, HelpTeachesAndExitsWithZero) {
 TEST(Daemon, VersionNamesProtocolAndLayout) {
   const ProgramEnd sut = run_refitd({"--version"});
   EXPECT_EQ(exit_code(sut), 0);
-  EXPECT_NE(sut.output.find("protocol 2"), std::string::npos);
+  EXPECT_NE(sut.output.find("protocol 3"), std::string::npos);
   EXPECT_NE(sut.output.find("layout "), std::string::npos);
 }
 

@@ -49,7 +49,7 @@ TEST_F(RefitctlPlaces, CheckLooksWhereItIsTold) {
     const Finished checked = refitctl({"check", manifest, "--place", place});
     EXPECT_EQ(checked.status, 0) << place << checked.out << checked.err;
   }
-  model_.pool()->data()[0] ^= std::byte{1};
+  model_.spoil_pool(0);
   EXPECT_EQ(refitctl({"check", manifest}).status, 0);
   for (const char* place : {"device", "all"}) {
     const Finished checked = refitctl({"check", manifest, "--place", place, "--json"});

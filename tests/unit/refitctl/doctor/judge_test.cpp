@@ -41,6 +41,11 @@ HostFacts good_host() {
   facts.well_known.choice = facts.well_known.system_path = facts.socket.path;
   facts.well_known.user_path = "/run/user/1000/refit/refitd.sock";
   facts.well_known.system_exists = true;
+  facts.cuda.survey.driver_there = true;
+  facts.cuda.survey.driver_version = 13'000;
+  facts.cuda.survey.devices = {{"GPU-0 (H100)", std::uint64_t{80} << 30, false, true, true}};
+  facts.cuda.daemon_of_this_uid = true;
+  facts.cuda.same_pid_namespace = true;
   facts.daemon.answered = true;
   facts.daemon.version = "0.1.0";
   facts.daemon.waiting = "adaptive";
@@ -125,6 +130,17 @@ TEST(Judge, EachTroubleIsFoundWeighedAndExplained) {
          f.socket.connected = {EACCES};
        }},
       {"socket", Verdict::fail, "namei", [](HostFacts& f) { f.socket.looked_at = {EACCES}; }},
+      {"cuda_device_0", Verdict::fail, "nvidia-smi -c DEFAULT",
+       [](HostFacts& f) { f.cuda.survey.devices[0].one_process_only = true; }},
+      {"cuda_device_0", Verdict::warn, "MIG",
+       [](HostFacts& f) {
+         f.cuda.survey.devices[0].legacy_ipc = f.cuda.survey.devices[0].vmm_fds = false;
+       }},
+      {"cuda_legacy", Verdict::warn, "expandable_segments",
+       [](HostFacts& f) { f.cuda.same_pid_namespace = false; }},
+      {"cuda_legacy", Verdict::warn, "cuda.legacy_across_uids",
+       [](HostFacts& f) { f.cuda.daemon_of_this_uid = false; }},
+      {"cuda_mps", Verdict::warn, "same side", [](HostFacts& f) { f.cuda.mps = true; }},
       {"daemon", Verdict::warn, "draining", [](HostFacts& f) { f.daemon.draining = true; }},
       {"release", Verdict::warn, "restart", [](HostFacts& f) { f.daemon.version = "0.0.9"; }},
   };
@@ -144,6 +160,18 @@ TEST(Judge, EachTroubleIsFoundWeighedAndExplained) {
       }
     }
   }
+}
+
+TEST(Judge, HostWithoutAGpuHasNothingToChange) {
+  HostFacts facts = good_host();
+  facts.cuda = {};
+  facts.cuda.survey.why_not = "no CUDA driver on this host";
+
+  const Finding sut = finding_of(facts, "cuda");
+
+  EXPECT_EQ(sut.verdict, Verdict::ok);
+  EXPECT_EQ(sut.found, "none: no CUDA driver on this host");
+  EXPECT_EQ(sut.advice, "");
 }
 
 TEST(Judge, AbsentDaemonIsNoFailure) {
