@@ -42,7 +42,10 @@ std::string mixed_warning(ModuleState state, const Style& style) {
 }
 
 // What the daemon does not tell of another uid's: no zero that could be taken for a fact.
-std::string unless(bool restricted, std::string text) { return restricted ? "-" : text; }
+std::string unless(bool restricted, std::string text) {
+  if (restricted) return "-";
+  return text;
+}
 
 std::string module_table(const DaemonStatus& status, const Style& style) {
   Table table({{"MODULE"},
