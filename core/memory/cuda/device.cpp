@@ -32,15 +32,15 @@ Current::~Current() {
   if (driver_ != nullptr) static_cast<void>(driver_->ctx_pop_current(&popped));
 }
 
-Result<std::shared_ptr<Devices>> Devices::open() {
+Result<std::shared_ptr<VisibleDevices>> VisibleDevices::open() {
   const Result<Driver>& driver = Driver::get();
   if (!driver) return Unexpected(driver.error());
-  std::shared_ptr<Devices> devices(new Devices(*driver));
+  std::shared_ptr<VisibleDevices> devices(new VisibleDevices(*driver));
   REFIT_TRY(devices->read());
   return devices;
 }
 
-Result<void> Devices::read() {
+Result<void> VisibleDevices::read() {
   int count = 0;
   REFIT_TRY_CUDA(driver_, device_get_count(&count), "counting devices (cuDeviceGetCount)");
   for (int i = 0; i < count; ++i) {
@@ -88,19 +88,19 @@ Result<void> Devices::read() {
   return {};
 }
 
-const Device* Devices::find(const DeviceUuid& uuid) const noexcept {
+const Device* VisibleDevices::find(const DeviceUuid& uuid) const noexcept {
   const auto found = std::find_if(devices_.begin(), devices_.end(),
                                   [&](const Device& device) { return device.uuid == uuid; });
   return found == devices_.end() ? nullptr : &*found;
 }
 
-const Device* Devices::find(CUdevice ordinal) const noexcept {
+const Device* VisibleDevices::find(CUdevice ordinal) const noexcept {
   const auto found = std::find_if(devices_.begin(), devices_.end(),
                                   [&](const Device& device) { return device.ordinal == ordinal; });
   return found == devices_.end() ? nullptr : &*found;
 }
 
-Result<std::shared_ptr<const Context>> Devices::context(const Device& device) {
+Result<std::shared_ptr<const Context>> VisibleDevices::context(const Device& device) {
   const auto index = static_cast<std::size_t>(&device - devices_.data());
   REFIT_ASSERT(index < devices_.size());
   const std::lock_guard lock(mutex_);

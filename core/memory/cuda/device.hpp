@@ -78,10 +78,10 @@ class Current {
 };
 
 /// One per process, made by whoever wires it.
-class Devices {
+class VisibleDevices {
  public:
   /// Reads what the driver tells; retains nothing. Errors: those of Driver::get(), Errc::cuda.
-  [[nodiscard]] static Result<std::shared_ptr<Devices>> open();
+  [[nodiscard]] static Result<std::shared_ptr<VisibleDevices>> open();
 
   [[nodiscard]] const Driver& driver() const noexcept { return driver_; }
   [[nodiscard]] const std::vector<Device>& all() const noexcept { return devices_; }
@@ -96,7 +96,7 @@ class Devices {
   [[nodiscard]] Result<std::shared_ptr<const Context>> context(const Device& device);
 
  private:
-  explicit Devices(const Driver& driver) noexcept : driver_(driver) {}
+  explicit VisibleDevices(const Driver& driver) noexcept : driver_(driver) {}
   [[nodiscard]] Result<void> read();
 
   const Driver& driver_;

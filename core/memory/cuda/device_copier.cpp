@@ -164,13 +164,14 @@ void DeviceCopyJob::set_target_base(CUdeviceptr base) noexcept {
 
 // ---- the copier: what jobs need of it
 
-Result<std::unique_ptr<DeviceCopier>> DeviceCopier::create(std::shared_ptr<Devices> devices) {
+Result<std::unique_ptr<DeviceCopier>> DeviceCopier::create(
+    std::shared_ptr<VisibleDevices> devices) {
   std::unique_ptr<DeviceCopier> copier(new DeviceCopier(std::move(devices)));
   REFIT_TRY(copier->start());
   return copier;
 }
 
-DeviceCopier::DeviceCopier(std::shared_ptr<Devices> devices)
+DeviceCopier::DeviceCopier(std::shared_ptr<VisibleDevices> devices)
     : devices_(std::move(devices)), driver_(devices_->driver()) {
   const std::size_t count = devices_->all().size();
   states_.resize(count);

@@ -157,7 +157,7 @@ class DeviceCopier {
  public:
   /// Starts the thread. Contexts are taken from `devices` when a job first needs them.
   [[nodiscard]] static Result<std::unique_ptr<DeviceCopier>> create(
-      std::shared_ptr<Devices> devices);
+      std::shared_ptr<VisibleDevices> devices);
 
   /// Finishes what was submitted, then joins and gives the streams back: as long as the devices
   /// take. Not from `done`.
@@ -193,7 +193,7 @@ class DeviceCopier {
     std::vector<Peer> peers;  // beside states_
   };
 
-  explicit DeviceCopier(std::shared_ptr<Devices> devices);
+  explicit DeviceCopier(std::shared_ptr<VisibleDevices> devices);
   [[nodiscard]] Result<void> start();
 
   // prepare(): any thread, under prepare_mutex_.
@@ -211,7 +211,7 @@ class DeviceCopier {
   [[nodiscard]] DeviceCopyOutcome copy(DeviceCopyJob::Batch& batch) noexcept;
   void finish(DeviceCopyJob& job) noexcept;
 
-  const std::shared_ptr<Devices> devices_;
+  const std::shared_ptr<VisibleDevices> devices_;
   const Driver& driver_;
   std::mutex prepare_mutex_;
   std::vector<State> states_;  // beside devices_->all()

@@ -17,20 +17,20 @@ CUdeviceptr address_of(const void* pointer) noexcept {
 }
 
 /// This process's devices, for as long as anybody has something of them.
-Result<std::shared_ptr<Devices>> own_devices() {
+Result<std::shared_ptr<VisibleDevices>> own_devices() {
   static std::mutex mutex;
-  static std::weak_ptr<Devices> known;
+  static std::weak_ptr<VisibleDevices> known;
   const std::lock_guard lock(mutex);
   if (auto devices = known.lock()) return devices;
-  REFIT_TRY_ASSIGN(auto devices, Devices::open());
+  REFIT_TRY_ASSIGN(auto devices, VisibleDevices::open());
   known = devices;
   return devices;
 }
 
 class Shared final : public SharedDeviceMemory {
  public:
-  Shared(std::shared_ptr<Devices> devices, std::shared_ptr<const Context> context, CUdeviceptr base,
-         Exported exported, std::string label)
+  Shared(std::shared_ptr<VisibleDevices> devices, std::shared_ptr<const Context> context,
+         CUdeviceptr base, Exported exported, std::string label)
       : devices_(std::move(devices)),
         context_(std::move(context)),
         base_(base),
@@ -69,7 +69,7 @@ class Shared final : public SharedDeviceMemory {
   }
 
  private:
-  std::shared_ptr<Devices> devices_;
+  std::shared_ptr<VisibleDevices> devices_;
   std::shared_ptr<const Context> context_;
   CUdeviceptr base_;
   std::string label_;

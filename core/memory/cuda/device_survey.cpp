@@ -6,7 +6,7 @@ namespace refit {
 
 DeviceSurvey survey_devices() {
   DeviceSurvey survey;
-  const auto devices = cuda::Devices::open();
+  const auto devices = cuda::VisibleDevices::open();
   if (!devices) {
     survey.why_not = devices.error().message;
     return survey;

@@ -106,7 +106,7 @@ class Job final : public DeviceJob {
 
 class CudaDevices final : public refit::Devices {
  public:
-  CudaDevices(std::shared_ptr<cuda::Devices> devices, std::unique_ptr<DeviceCopier> copier,
+  CudaDevices(std::shared_ptr<VisibleDevices> devices, std::unique_ptr<DeviceCopier> copier,
               bool legacy_across_uids)
       : devices_(std::move(devices)),
         importer_(devices_, legacy_across_uids),
@@ -212,7 +212,7 @@ class CudaDevices final : public refit::Devices {
 
   static constexpr std::align_val_t kPage{4096};
 
-  std::shared_ptr<cuda::Devices> devices_;
+  std::shared_ptr<VisibleDevices> devices_;
   std::mutex mutex_;
   Importer importer_;
   std::vector<std::unique_ptr<Reader>> readers_;  ///< that nobody uses; guarded by mutex_
@@ -225,7 +225,7 @@ class CudaDevices final : public refit::Devices {
 namespace refit {
 
 Result<std::unique_ptr<Devices>> Devices::create(const DeviceOptions& options) {
-  REFIT_TRY_ASSIGN(auto devices, cuda::Devices::open());
+  REFIT_TRY_ASSIGN(auto devices, cuda::VisibleDevices::open());
   REFIT_TRY_ASSIGN(auto copier, cuda::DeviceCopier::create(devices));
   return std::unique_ptr<Devices>(std::make_unique<cuda::CudaDevices>(
       std::move(devices), std::move(copier), options.legacy_across_uids));

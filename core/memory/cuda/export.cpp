@@ -97,7 +97,7 @@ Result<std::uint64_t> identify(const Driver& driver, CUdeviceptr pointer,
   return id;
 }
 
-Result<Located> locate(Devices& devices, CUdeviceptr pointer, std::uint64_t bytes,
+Result<Located> locate(VisibleDevices& devices, CUdeviceptr pointer, std::uint64_t bytes,
                        const std::string& label) {
   if (bytes == 0) return fail(Errc::bad_argument, label + ": 0 bytes are no range");
   if (pointer + bytes < pointer)
@@ -164,7 +164,7 @@ Result<Located> locate(Devices& devices, CUdeviceptr pointer, std::uint64_t byte
   return located;
 }
 
-Result<Exported> export_memory(Devices& devices, CUdeviceptr pointer, std::uint64_t bytes,
+Result<Exported> export_memory(VisibleDevices& devices, CUdeviceptr pointer, std::uint64_t bytes,
                                const std::string& label, bool same_process) {
   REFIT_TRY_ASSIGN(const Located located, locate(devices, pointer, bytes, label));
   const Driver& driver = devices.driver();

@@ -30,8 +30,8 @@ struct Located {
 /// a range that overflows; Errc::bad_region for what is no device memory, managed memory, and a
 /// range that leaves its allocation; Errc::cuda. The message says what to do; `label` names the
 /// memory in it.
-[[nodiscard]] Result<Located> locate(Devices& devices, CUdeviceptr pointer, std::uint64_t bytes,
-                                     const std::string& label);
+[[nodiscard]] Result<Located> locate(VisibleDevices& devices, CUdeviceptr pointer,
+                                     std::uint64_t bytes, const std::string& label);
 
 /// Makes [pointer, pointer + bytes) reachable for another process: cuMemAlloc's memory (PyTorch's
 /// default) by a legacy handle, cuMemCreate's (expandable segments) by fds, which the result owns.
@@ -39,7 +39,7 @@ struct Located {
 /// shared, with the setting to change.
 /// @param same_process  the importer is in this very process, where opening a handle fails: the
 ///                      result is the address, and no allocator is refused.
-[[nodiscard]] Result<Exported> export_memory(Devices& devices, CUdeviceptr pointer,
+[[nodiscard]] Result<Exported> export_memory(VisibleDevices& devices, CUdeviceptr pointer,
                                              std::uint64_t bytes, const std::string& label,
                                              bool same_process = false);
 

@@ -43,7 +43,7 @@ struct DeviceMemory {
 class Importer {
  public:
   /// @param legacy_across_uids  take legacy handles of other users: cuda.legacy_across_uids.
-  Importer(std::shared_ptr<Devices> devices, bool legacy_across_uids) noexcept
+  Importer(std::shared_ptr<VisibleDevices> devices, bool legacy_across_uids) noexcept
       : devices_(std::move(devices)), legacy_across_uids_(legacy_across_uids) {}
   Importer(const Importer&) = delete;
   Importer& operator=(const Importer&) = delete;
@@ -74,7 +74,7 @@ class Importer {
   Result<void> open_local(const Exporter& exporter, const Exported& exported,
                           const std::string& label, DeviceMemory& memory);
 
-  const std::shared_ptr<Devices> devices_;
+  const std::shared_ptr<VisibleDevices> devices_;
   const bool legacy_across_uids_;
   /// Also held while a handle is opened, so that no two threads open one; the driver would let
   /// them wait for each other anyway.

@@ -84,7 +84,7 @@ class Rig {
     }
   }
 
-  std::shared_ptr<Devices> devices = must(Devices::open());
+  std::shared_ptr<VisibleDevices> devices = must(VisibleDevices::open());
   const Driver& driver = devices->driver();
   std::vector<std::shared_ptr<const Context>> contexts;
   fakecuda::Control fake;

@@ -27,7 +27,7 @@ class Served {
  private:
   Result<void> run(const Order& order, Answer& answer, std::vector<UniqueFd>& fds) {
     if (devices_ == nullptr) {
-      REFIT_TRY_ASSIGN(devices_, Devices::open());
+      REFIT_TRY_ASSIGN(devices_, VisibleDevices::open());
     }
     const Device& device = devices_->all().at(static_cast<std::size_t>(order.device));
     switch (order.act) {
@@ -95,7 +95,7 @@ class Served {
     }
   }
 
-  std::shared_ptr<Devices> devices_;
+  std::shared_ptr<VisibleDevices> devices_;
   std::shared_ptr<const Context> held_;
   std::optional<MadeMemory> memory_;
   std::optional<IpcEvent> event_;

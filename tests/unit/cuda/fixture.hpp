@@ -22,7 +22,7 @@ class CudaTest : public fakecuda::test::FakeCuda {
   void SetUp() override {
     fakecuda::test::directory();
     cuda();  // before the code under test looks for a driver
-    auto opened = Devices::open();
+    auto opened = VisibleDevices::open();
     ASSERT_TRUE(opened) << opened.error().to_string();
     devices_ = *opened;
     configure({});
@@ -84,7 +84,7 @@ class CudaTest : public fakecuda::test::FakeCuda {
     return true;
   }
 
-  std::shared_ptr<Devices> devices_;
+  std::shared_ptr<VisibleDevices> devices_;
 };
 
 /// Refused with this code and a message that says so.
