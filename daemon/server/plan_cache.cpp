@@ -155,7 +155,7 @@ Result<void> BoundPlan::connect(DeviceAccess& access) {
   REFIT_TRY_ASSIGN(const int pools, place_of_pools(*target));
   std::vector<std::vector<DeviceOp>> wanted_layers;
   for (const LayerCopies& layer : layers) {
-    std::vector<DeviceOp>& ops_of_layer = wanted_layers.emplace_back();
+    std::vector<DeviceOp> ops_of_layer;
     for (std::size_t i = layer.first; i < layer.first + layer.count; ++i) {
       const std::uint32_t region = plan.layer_copies[i].source_region;
       require_pinned(*source, region);
@@ -164,6 +164,7 @@ Result<void> BoundPlan::connect(DeviceAccess& access) {
     const auto is_host = [](const DeviceOp& op) { return op.source_device == kHostMemory; };
     if (pools == kHostMemory && std::all_of(ops_of_layer.begin(), ops_of_layer.end(), is_host))
       ops_of_layer.clear();
+    wanted_layers.push_back(std::move(ops_of_layer));
   }
   if (!unpinned.empty()) {
     std::sort(unpinned.begin(), unpinned.end());
