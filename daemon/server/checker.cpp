@@ -295,11 +295,9 @@ void Checker::admit(std::unique_ptr<CheckOperation> operation) {
     operation->tensors.push_back({asked[index].spec, data});
     if (!expected.empty()) operation->expected.push_back(expected[index]);
   };
-  const auto& regions = operation->registration->regions;
-  for (std::size_t i = 0; i < asked.size() && operation->place != Place::device; ++i) {
-    const TensorSpec& spec = *asked[i].spec;
-    add(i, regions.empty() ? nullptr : regions[spec.region].data() + spec.offset_bytes);
-  }
+  // No addresses yet: a registration that is not ready has none, and this waits until it is.
+  for (std::size_t i = 0; i < asked.size() && operation->place != Place::device; ++i)
+    add(i, nullptr);
   operation->host_count = operation->tensors.size();
   for (std::size_t i = 0; i < asked.size() && operation->place != Place::host; ++i) {
     if (asked[i].spec->layer_buffer == kNoLayerBuffer) {
