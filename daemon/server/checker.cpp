@@ -69,9 +69,9 @@ class Checker::CheckOperation final : public Operation {
 
   Place place = Place::host;
 
-  /// What is hashed: first places on the host, by name, then those on the device, by name. Device
-  /// places have no address here; one that is not there gets no digest (length 0).
-  std::vector<TensorView> tensors;
+  /// What is hashed: first places on the host, then those on the device; in the order of names
+  /// unless it is a check. A device place that is not there gets no digest (length 0).
+  std::vector<const TensorSpec*> tensors;
   std::size_t host_count = 0;
   std::vector<Digest> digests;  ///< of tensors, by the same index
   std::vector<std::string> absent;
@@ -93,7 +93,7 @@ class Checker::HashJob final : public BackgroundJob {
     std::vector<std::uint32_t> order(operation.tensors.size());
     for (std::uint32_t i = 0; i < order.size(); ++i) order[i] = i;
     std::sort(order.begin(), order.end(), [&](std::uint32_t a, std::uint32_t b) {
-      return bytes_of(*operation.tensors[a].spec) > bytes_of(*operation.tensors[b].spec);
+      return bytes_of(*operation.tensors[a]) > bytes_of(*operation.tensors[b]);
     });
     std::vector<std::uint32_t> begins;
     std::uint64_t bytes = kPartBytes;
@@ -102,8 +102,8 @@ class Checker::HashJob final : public BackgroundJob {
         begins.push_back(i);
         bytes = 0;
       }
-      bytes += bytes_of(*operation.tensors[order[i]].spec) +
-               4096;  // each tensor also costs its own start
+      bytes +=
+          bytes_of(*operation.tensors[order[i]]) + 4096;  // each tensor also costs its own start
     }
     return std::unique_ptr<HashJob>(new HashJob(operation, std::move(order), std::move(begins)));
   }
@@ -199,7 +199,7 @@ class Checker::HashJob final : public BackgroundJob {
   }
 
   bool hash(Hasher& hasher, std::uint32_t index) {
-    const TensorSpec& spec = *operation_.tensors[index].spec;
+    const TensorSpec& spec = *operation_.tensors[index];
     const auto digest = digest_at(hasher, spec, region_of(spec), spec.offset_bytes);
     if (!digest) return false;
     operation_.digests[index] = *digest;
@@ -211,7 +211,7 @@ class Checker::HashJob final : public BackgroundJob {
   /// must not be made before the bytes are read, which x86-64 does not do.
   bool hash_device(Hasher& hasher, std::uint32_t index) {
     const Registration& registration = *operation_.registration;
-    const TensorSpec& spec = *operation_.tensors[index].spec;
+    const TensorSpec& spec = *operation_.tensors[index];
     const SharedWord<std::uint64_t>& word =
         operation_.engines.front()->memory->request_region().residency[registration.residency_base +
                                                                        spec.layer_buffer];
@@ -231,15 +231,14 @@ class Checker::HashJob final : public BackgroundJob {
     return true;
   }
 
+  /// The stream of digest_module; begin_digest has sorted the tensors for it.
   void hash_module() {
     Hasher hasher(operation_.kind);
-    std::vector<TensorView> sorted = operation_.tensors;
-    sorted.resize(operation_.host_count);
-    sort_for_module_digest(sorted);
-    for (const TensorView& tensor : sorted) {
+    for (std::size_t i = 0; i < operation_.host_count; ++i) {
       if (operation_.cancelled.load()) return;
-      hasher.update(tensor.spec->name);
-      if (!feed(hasher, *tensor.spec, region_of(*tensor.spec), tensor.spec->offset_bytes)) return;
+      const TensorSpec& spec = *operation_.tensors[i];
+      hasher.update(spec.name);
+      if (!feed(hasher, spec, region_of(spec), spec.offset_bytes)) return;
     }
     operation_.module_digest = hasher.finish();
   }
@@ -289,21 +288,19 @@ Result<std::unique_ptr<Checker::CheckOperation>> Checker::prepare(
 
 /// Takes what was asked for apart into places.
 void Checker::admit(std::unique_ptr<CheckOperation> operation) {
-  const std::vector<TensorView> asked = std::exchange(operation->tensors, {});
+  const std::vector<const TensorSpec*> asked = std::exchange(operation->tensors, {});
   const std::vector<Digest> expected = std::exchange(operation->expected, {});
-  const auto add = [&](std::size_t index, const std::byte* data) {
-    operation->tensors.push_back({asked[index].spec, data});
+  const auto add = [&](std::size_t index) {
+    operation->tensors.push_back(asked[index]);
     if (!expected.empty()) operation->expected.push_back(expected[index]);
   };
-  // No addresses yet: a registration that is not ready has none, and this waits until it is.
-  for (std::size_t i = 0; i < asked.size() && operation->place != Place::device; ++i)
-    add(i, nullptr);
+  for (std::size_t i = 0; i < asked.size() && operation->place != Place::device; ++i) add(i);
   operation->host_count = operation->tensors.size();
   for (std::size_t i = 0; i < asked.size() && operation->place != Place::host; ++i) {
-    if (asked[i].spec->layer_buffer == kNoLayerBuffer) {
-      operation->absent.push_back(asked[i].spec->name);
+    if (asked[i]->layer_buffer == kNoLayerBuffer) {
+      operation->absent.push_back(asked[i]->name);
     } else {
-      add(i, nullptr);
+      add(i);
     }
   }
   operation->digests.resize(operation->tensors.size());
@@ -369,7 +366,7 @@ void Checker::begin_check(Session& asker, std::uint64_t request_id, const wire::
     Digest expected;
     expected.length = 32;
     std::copy(entry->value()->begin(), entry->value()->end(), expected.bytes.begin());
-    operation.tensors.push_back({spec, nullptr});
+    operation.tensors.push_back(spec);
     operation.expected.push_back(expected);
   }
   std::sort(operation.missing.begin(), operation.missing.end());
@@ -408,7 +405,7 @@ void Checker::begin_digest(Session& asker, std::uint64_t request_id,
     if (spec == nullptr) {
       unknown.push_back("tensor " + name + " is not in " + manifest.label());
     } else {
-      operation.tensors.push_back({spec, nullptr});
+      operation.tensors.push_back(spec);
     }
   }
   if (!unknown.empty()) {
@@ -420,10 +417,10 @@ void Checker::begin_digest(Session& asker, std::uint64_t request_id,
          std::move(unknown)});
   }
   if (selection->empty()) {
-    for (const TensorSpec& spec : manifest.tensors()) operation.tensors.push_back({&spec, nullptr});
+    for (const TensorSpec& spec : manifest.tensors()) operation.tensors.push_back(&spec);
   }
   std::sort(operation.tensors.begin(), operation.tensors.end(),
-            [](const TensorView& a, const TensorView& b) { return a.spec->name < b.spec->name; });
+            [](const TensorSpec* a, const TensorSpec* b) { return a->name < b->name; });
   admit(std::move(*prepared));
 }
 
@@ -459,8 +456,7 @@ void Checker::finish(CheckOperation& operation, const std::optional<Error>& erro
 /// Layers that were not there, or never long enough to be hashed.
 void Checker::note_absent(CheckOperation& operation) {
   for (std::size_t i = operation.host_count; i < operation.tensors.size(); ++i) {
-    if (operation.digests[i].length == 0)
-      operation.absent.push_back(operation.tensors[i].spec->name);
+    if (operation.digests[i].length == 0) operation.absent.push_back(operation.tensors[i]->name);
   }
   std::sort(operation.absent.begin(), operation.absent.end());
 }
@@ -482,7 +478,7 @@ void Checker::reply_check(Session& asker, const CheckOperation& operation) {
   std::vector<const TensorSpec*> seen;
   std::vector<const TensorSpec*> wrong;
   for (std::size_t i = 0; i < operation.tensors.size(); ++i) {
-    const TensorSpec* spec = operation.tensors[i].spec;
+    const TensorSpec* spec = operation.tensors[i];
     const bool on_device = i >= operation.host_count;
     if (on_device && operation.digests[i].length == 0) continue;
     seen.push_back(spec);
@@ -519,7 +515,7 @@ void Checker::reply_digest(Session& asker, const CheckOperation& operation) {
   for (std::size_t i = 0; i < operation.tensors.size(); ++i) {
     const bool host = i < operation.host_count;
     if (!host && operation.digests[i].length == 0) continue;
-    const auto name = fbb.CreateString(operation.tensors[i].spec->name);
+    const auto name = fbb.CreateString(operation.tensors[i]->name);
     const auto value =
         fbb.CreateVector(operation.digests[i].bytes.data(), operation.digests[i].length);
     (host ? list : on_device).push_back(wire::CreateTensorDigest(fbb, name, value));
