@@ -5,7 +5,7 @@
 namespace refit {
 
 DeviceMemory::DeviceMemory(std::shared_ptr<SharedDeviceMemory> shared) noexcept
-    : Memory(shared->address(), shared->claim().bytes), shared_(std::move(shared)) {}
+    : Memory(shared->address(), shared->exported().bytes), shared_(std::move(shared)) {}
 DeviceMemory::~DeviceMemory() = default;
 
 Result<std::shared_ptr<DeviceMemory>> DeviceMemory::share(const void* pointer, std::size_t bytes,

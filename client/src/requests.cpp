@@ -49,7 +49,7 @@ Result<std::vector<Tickets>> send_fds(Session& session, const ModuleSpec& module
       of_region.push_back(host->fd());
     if (const auto* device = dynamic_cast<const DeviceMemory*>(memory.get())) {
       REFIT_TRY(device->shared().still_there());
-      for (const DevicePiece& piece : device->shared().claim().pieces) {
+      for (const DevicePiece& piece : device->shared().exported().pieces) {
         if (piece.fd) of_region.push_back(piece.fd.get());
       }
     }
@@ -79,20 +79,21 @@ flatbuffers::Offset<flatbuffers::Vector<std::uint8_t>> bytes_of(
 }
 
 flatbuffers::Offset<wire::Region> device_region(flatbuffers::FlatBufferBuilder& fbb,
-                                                const DeviceClaim& claim, const Tickets& tickets,
+                                                const Exported& exported, const Tickets& tickets,
                                                 bool pool) {
   std::vector<flatbuffers::Offset<wire::DevicePiece>> pieces;
-  for (std::size_t i = 0; i < claim.pieces.size(); ++i) {
-    const DevicePiece& piece = claim.pieces[i];
+  for (std::size_t i = 0; i < exported.pieces.size(); ++i) {
+    const DevicePiece& piece = exported.pieces[i];
     flatbuffers::Offset<flatbuffers::Vector<std::uint8_t>> handle;
-    if (claim.kind == RegionKind::cuda_legacy) handle = bytes_of(fbb, piece.handle);
-    const std::uint64_t ticket = claim.kind == RegionKind::cuda_vmm ? tickets[i] : 0;
+    if (exported.kind == RegionKind::cuda_legacy) handle = bytes_of(fbb, piece.handle);
+    const std::uint64_t ticket = exported.kind == RegionKind::cuda_vmm ? tickets[i] : 0;
     pieces.push_back(wire::CreateDevicePiece(fbb, piece.bytes, ticket, handle));
   }
-  const auto device = bytes_of(fbb, claim.device);
+  const auto device = bytes_of(fbb, exported.device.bytes);
   const auto list = fbb.CreateVector(pieces);
-  return wire::CreateRegion(fbb, 0, claim.bytes, pool, static_cast<wire::RegionKind>(claim.kind),
-                            device, list, claim.allocation);
+  return wire::CreateRegion(fbb, 0, exported.bytes, pool,
+                            static_cast<wire::RegionKind>(exported.kind), device, list,
+                            exported.pieces.front().allocation_id);
 }
 
 Unexpected wrong_body(const char* what) {
@@ -121,7 +122,7 @@ Result<std::uint64_t> post_registration(Session& session, const ModuleSpec& modu
     regions.push_back(
         device == nullptr
             ? wire::CreateRegion(fbb, tickets[i].front(), module.regions()[i]->bytes(), pool)
-            : device_region(fbb, device->shared().claim(), tickets[i], pool));
+            : device_region(fbb, device->shared().exported(), tickets[i], pool));
   }
   std::vector<flatbuffers::Offset<wire::Tensor>> tensors;
   tensors.reserve(module.tensors().size());
@@ -158,7 +159,7 @@ Result<std::uint64_t> post_registration(Session& session, const ModuleSpec& modu
   flatbuffers::Offset<flatbuffers::Vector<std::uint8_t>> event_device;
   if (module.fence() != nullptr) {
     event = bytes_of(fbb, module.fence()->event().handle());
-    event_device = bytes_of(fbb, module.fence()->event().device());
+    event_device = bytes_of(fbb, module.fence()->event().device().bytes);
   }
   fbb.Finish(wire::CreateRegisterModule(
       fbb, name, region_list, tensor_list, rule_list, held.version, &transaction, held.poisoned,

@@ -8,7 +8,7 @@
 #include <memory>
 #include <string>
 
-#include "memory/devices.hpp"
+#include "memory/exported.hpp"
 #include "refit/result.hpp"
 
 namespace refit {
@@ -17,8 +17,9 @@ namespace refit {
 class SharedDeviceMemory {
  public:
   virtual ~SharedDeviceMemory() = default;
-  /// What the daemon is told. The fds stay this object's.
-  [[nodiscard]] virtual const DeviceClaim& claim() const noexcept = 0;
+  /// What the daemon is told: the allocations from the first one's begin to the last one's end. The
+  /// fds stay this object's.
+  [[nodiscard]] virtual const Exported& exported() const noexcept = 0;
   /// Of the first allocation.
   [[nodiscard]] virtual std::byte* address() const noexcept = 0;
   /// Other memory has the address now: what was shared was freed behind this object's back. Errors:

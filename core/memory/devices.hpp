@@ -7,7 +7,6 @@
 // submitted by the loop.
 #pragma once
 
-#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -18,46 +17,11 @@
 
 #include "ipc/segment.hpp"
 #include "memory/copy_pool.hpp"
+#include "memory/exported.hpp"
 #include "posix/heartbeat.hpp"
 #include "refit/result.hpp"
 
 namespace refit {
-
-/// Where a region's memory is. The numbers travel on the wire.
-enum class RegionKind : std::uint8_t {
-  host = 0,
-  cuda_legacy = 1,  ///< cuIpcMemHandle of a whole allocation
-  cuda_vmm = 2,     ///< POSIX fds of one or more segments
-  cuda_local = 3,   ///< an address of this very process, which may not open its own handles
-};
-
-using DeviceUuid = std::array<std::uint8_t, 16>;
-inline constexpr std::size_t kIpcHandleBytes = 64;
-using IpcHandle = std::array<std::uint8_t, kIpcHandleBytes>;
-
-/// One allocation as its exporter describes it.
-struct DevicePiece {
-  std::uint64_t bytes = 0;
-  IpcHandle handle{};         ///< legacy
-  UniqueFd fd;                ///< vmm
-  std::uint64_t address = 0;  ///< local
-};
-
-/// A region of device memory as a client claims it. Nothing in it is trusted.
-struct DeviceClaim {
-  RegionKind kind = RegionKind::cuda_legacy;
-  DeviceUuid device{};
-  std::uint64_t allocation = 0;     ///< BUFFER_ID of the first piece, in the exporter
-  std::vector<DevicePiece> pieces;  ///< in the order of their addresses, one behind the other
-  std::uint64_t bytes = 0;          ///< of all of them
-};
-
-/// Who exports: handles of one process mean nothing for another.
-struct Exporter {
-  std::uint64_t session = 0;  ///< unique in this process's life
-  std::uint32_t pid = 0;      ///< pid and uid as the kernel told them
-  std::uint32_t uid = 0;
-};
 
 /// Device memory that this process can address, for as long as somebody holds it.
 class DeviceRange {
@@ -134,10 +98,12 @@ class Devices {
   [[nodiscard]] static bool is_lost(const Error& error) noexcept;
   virtual ~Devices() = default;
 
-  /// Opens, or finds open, what a client exported. Errors: Errc::bad_region names the region and
-  /// what is wrong with it, Errc::permission for a legacy handle of another uid, Errc::cuda.
-  virtual Result<std::shared_ptr<DeviceRange>> import(const Exporter& exporter, DeviceClaim claim,
-                                                      Access access, const std::string& label) = 0;
+  /// Opens, or finds open, what a client exported. The fds stay the caller's and may be closed when
+  /// this returns. Errors: Errc::bad_region names the region and what is wrong with it,
+  /// Errc::permission for a legacy handle of another uid, Errc::cuda.
+  virtual Result<std::shared_ptr<DeviceRange>> import(const Exporter& exporter,
+                                                      const Exported& exported, Access access,
+                                                      const std::string& label) = 0;
   virtual Result<std::shared_ptr<PinnedMemory>> pin(const Mapping& mapping, Access access,
                                                     const std::string& label) = 0;
   virtual Result<std::shared_ptr<DeviceEvent>> open_event(const DeviceUuid& device,

@@ -70,11 +70,10 @@ Result<RegionClaim> decode_region(const wire::Region& region, const std::string&
   if (kind == RegionKind::host) return claim;
   if (kind > RegionKind::cuda_local)
     return fail(Errc::bad_argument, label + " is of a kind that does not exist");
-  DeviceClaim device;
+  Exported device;
   device.kind = kind;
   device.bytes = region.bytes();
-  device.allocation = region.allocation();
-  if (!copy_exactly(region.device(), device.device))
+  if (!copy_exactly(region.device(), device.device.bytes))
     return fail(Errc::bad_argument, label + ": a device is named by a UUID of 16 bytes");
   if (count(region.pieces()) == 0)
     return fail(Errc::bad_region, label + ": device memory without a piece");
@@ -87,7 +86,7 @@ Result<RegionClaim> decode_region(const wire::Region& region, const std::string&
                                         std::to_string(claim.bytes) + " bytes)");
     }
     bytes += one.bytes;
-    std::array<std::uint8_t, sizeof one.address> address{};
+    std::array<std::uint8_t, sizeof device.address> address{};
     bool good = true;
     switch (kind) {
       case RegionKind::cuda_legacy:
@@ -95,7 +94,7 @@ Result<RegionClaim> decode_region(const wire::Region& region, const std::string&
         break;
       case RegionKind::cuda_local:
         good = copy_exactly(piece->handle(), address) && region.pieces()->size() == 1;
-        std::memcpy(&one.address, address.data(), sizeof one.address);
+        std::memcpy(&device.address, address.data(), sizeof device.address);
         break;
       case RegionKind::cuda_vmm:
       case RegionKind::host:
@@ -113,6 +112,7 @@ Result<RegionClaim> decode_region(const wire::Region& region, const std::string&
     return fail(Errc::bad_region, label + ": its pieces have " + std::to_string(bytes) +
                                       " bytes together, and it has " + std::to_string(claim.bytes));
   }
+  device.pieces.front().allocation_id = region.allocation();
   claim.device = std::move(device);
   return claim;
 }
@@ -197,7 +197,7 @@ Result<RegisterRequest> decode(const wire::RegisterModule& message, const Manife
   if (count(message.event()) != 0) {
     EventClaim event;
     if (!copy_exactly(message.event(), event.handle) ||
-        !copy_exactly(message.event_device(), event.device)) {
+        !copy_exactly(message.event_device(), event.device.bytes)) {
       return fail(Errc::bad_argument,
                   request.module + ": an event is a handle of 64 bytes and a device of 16");
     }

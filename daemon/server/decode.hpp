@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "ipc/wire.hpp"
-#include "memory/devices.hpp"
+#include "memory/exported.hpp"
 #include "plan/plan.hpp"
 #include "refit/result.hpp"
 #include "refit/types.hpp"
@@ -32,13 +32,13 @@ struct RegionClaim {
   std::uint64_t ticket = 0;  ///< of host memory
   std::uint64_t bytes = 0;
   bool pool = false;
-  std::optional<DeviceClaim> device;         ///< of device memory; its fds have not come yet
+  std::optional<Exported> device;            ///< of device memory; its fds have not come yet
   std::vector<std::uint64_t> piece_tickets;  ///< of a VMM range, as its pieces
 };
 
 /// An interprocess event of the client's.
 struct EventClaim {
-  DeviceUuid device{};
+  DeviceUuid device;
   IpcHandle handle{};
 };
 

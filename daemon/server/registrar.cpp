@@ -26,7 +26,7 @@ class MakeReadyJob final : public BackgroundJob {
   using Done = std::function<void(Result<void>, std::uint64_t took_us)>;
 
   MakeReadyJob(std::shared_ptr<Registration> registration, DeviceAccess& devices, Access access,
-               const Exporter& exporter, std::vector<std::optional<DeviceClaim>> claims,
+               const Exporter& exporter, std::vector<std::optional<Exported>> claims,
                std::optional<EventClaim> event, Done done)
       : BackgroundJob(1),
         registration_(std::move(registration)),
@@ -54,8 +54,7 @@ class MakeReadyJob final : public BackgroundJob {
       const std::string name = label + ": region " + std::to_string(i);
       if (claims_[i]) {
         REFIT_TRY_ASSIGN(Devices* const devices, devices_.required(name));
-        REFIT_TRY_ASSIGN(region.device,
-                         devices->import(exporter_, std::move(*claims_[i]), access_, name));
+        REFIT_TRY_ASSIGN(region.device, devices->import(exporter_, *claims_[i], access_, name));
         continue;
       }
       REFIT_TRY(populate(region.host, access_, label));
@@ -87,7 +86,7 @@ class MakeReadyJob final : public BackgroundJob {
   DeviceAccess& devices_;
   Access access_;
   Exporter exporter_;
-  std::vector<std::optional<DeviceClaim>> claims_;  ///< by region; none of host memory
+  std::vector<std::optional<Exported>> claims_;  ///< by region; none of host memory
   std::optional<EventClaim> event_;
   Done done_;
   Result<void> outcome_;
@@ -298,7 +297,7 @@ void Registrar::add_device_region(const Session& session, const RegionClaim& cla
   // No st_dev is that large.
   constexpr std::uint64_t kNoFileSystem = std::uint64_t{1} << 63;
   mapped.infos.push_back({claim.bytes, kNoFileSystem | static_cast<std::uint64_t>(session.peer.pid),
-                          claim.device->allocation, claim.pool});
+                          claim.device->pieces.front().allocation_id, claim.pool});
 }
 
 Result<std::shared_ptr<Module>> Registrar::place(Session& session, const RegisterRequest& request,
@@ -400,10 +399,9 @@ void Registrar::register_module(Session& session, std::uint64_t request_id,
     write_initial_words(session.memory->response_region().modules[(*module)->slot], *request);
   }
 
-  std::vector<std::optional<DeviceClaim>> claims;
+  std::vector<std::optional<Exported>> claims;
   for (RegionClaim& claim : request->regions) claims.push_back(std::move(claim.device));
-  const Exporter exporter{session.id, static_cast<std::uint32_t>(session.peer.pid),
-                          session.peer.uid};
+  const Exporter exporter{session.id, session.peer.pid, session.peer.uid};
   auto job = std::make_unique<MakeReadyJob>(
       registration, devices_, access_of(session), exporter, std::move(claims), request->event,
       [this, session_id, registration, answer, awaited = std::move(awaited)](

@@ -32,7 +32,7 @@ struct Claim {
   RegionKind kind = RegionKind::cuda_legacy;
   std::uint64_t bytes = 0;
   std::uint64_t allocation = 0;
-  DeviceUuid device{};
+  DeviceUuid device;
   struct Piece {
     std::uint64_t bytes = 0;
     std::vector<std::uint8_t> handle;
@@ -42,8 +42,8 @@ struct Claim {
   std::vector<std::uint8_t> event;
 };
 
-Claim honest(const DeviceClaim& from) {
-  Claim claim{from.kind, from.bytes, from.allocation, from.device, {}, {}};
+Claim honest(const Exported& from) {
+  Claim claim{from.kind, from.bytes, from.pieces.front().allocation_id, from.device, {}, {}};
   for (const DevicePiece& piece : from.pieces) {
     auto& one = claim.pieces.emplace_back();
     one.bytes = piece.bytes;
@@ -61,7 +61,7 @@ Bytes register_device(const Claim& claim) {
     pieces.push_back(wire::CreateDevicePiece(fbb, claim.pieces[i].bytes, 1 + i,
                                              fbb.CreateVector(claim.pieces[i].handle)));
   }
-  const auto device = fbb.CreateVector(claim.device.data(), claim.device.size());
+  const auto device = fbb.CreateVector(claim.device.bytes.data(), claim.device.bytes.size());
   const auto piece_list = fbb.CreateVector(pieces);
   std::vector<flatbuffers::Offset<wire::Region>> regions{
       wire::CreateRegion(fbb, 0, claim.bytes, false, static_cast<wire::RegionKind>(claim.kind),
@@ -77,7 +77,7 @@ Bytes register_device(const Claim& claim) {
   flatbuffers::Offset<flatbuffers::Vector<std::uint8_t>> event_device;
   if (!claim.event.empty()) {
     event = fbb.CreateVector(claim.event);
-    event_device = fbb.CreateVector(claim.device.data(), claim.device.size());
+    event_device = fbb.CreateVector(claim.device.bytes.data(), claim.device.bytes.size());
   }
   fbb.Finish(wire::CreateRegisterModule(fbb, name, region_list, tensor_list, 0, 0, nullptr, false,
                                         0, false, 0, 0, event, event_device));
@@ -113,7 +113,7 @@ class BadDeviceMemory : public Refit {
     DeviceAllocation memory{kind(), 0, kBytes * 64};
     std::shared_ptr<SharedDeviceMemory> shared =
         must(share_device_memory(memory.pointer(), memory.bytes(), "the test's"));
-    [[nodiscard]] Claim claim() const { return honest(shared->claim()); }
+    [[nodiscard]] Claim claim() const { return honest(shared->exported()); }
   };
 
   /// Sends a claim as an engine, and expects a refusal that says all of `parts`.
@@ -240,7 +240,7 @@ TEST_P(BadDeviceMemory, MoreBytesThanTheAllocationHasAreRefused) {
 TEST_P(BadDeviceMemory, DevicesThatTheDaemonDoesNotSeeAreRefused) {
   const Shared mine;
   Claim claim = mine.claim();
-  claim.device.fill(0xab);
+  claim.device.bytes.fill(0xab);
   expect_refused(claim, Errc::bad_region,
                  {"wrong/transformer: region 0", "does not see", "CUDA_VISIBLE_DEVICES"});
 }
@@ -250,7 +250,7 @@ TEST_P(BadDeviceMemory, MemoryOfAnotherDeviceThanIsSaidIsRefused) {
   const DeviceAllocation other(kind(), 1, kBytes);
   const auto other_shared = must(share_device_memory(other.pointer(), kBytes, "the test's"));
   Claim claim = mine.claim();
-  claim.device = other_shared->claim().device;
+  claim.device = other_shared->exported().device;
   expect_refused(claim, Errc::bad_region, {"wrong/transformer: region 0", "another device"});
 }
 
@@ -285,10 +285,9 @@ TEST_P(BadDeviceMemory, GarbageEventsAreRefusedAndTheMemoryIsLetGo) {
 
 TEST_P(BadDeviceMemory, MemoryOfAProcessThatDiedIsRefused) {
   CudaExporter exporter;
-  const DeviceClaim claim = exporter.claim();
+  const Claim claim = honest(exporter.exported());
   exporter.kill_now();
-  expect_refused(honest(claim), Errc::bad_region,
-                 {"wrong/transformer: region 0", "cuIpcOpenMemHandle"});
+  expect_refused(claim, Errc::bad_region, {"wrong/transformer: region 0", "cuIpcOpenMemHandle"});
 }
 
 // ---- what is honest, at a bad moment
@@ -362,7 +361,7 @@ class ForeignDeviceMemory : public Refit {
 TEST_P(ForeignDeviceMemory, LegacyHandlesOfAnotherUserAreRefused) {
   constexpr uid_t kStranger = 12345;
   CudaExporter exporter;
-  const Bytes message = register_device(honest(exporter.claim()));
+  const Bytes message = register_device(honest(exporter.exported()));
   OtherUser stranger(kStranger, {kStranger}, [&](OtherUser::Talk& talk) {
     RawClient client = RawClient::joined(socket_, Role::engine, "foreign");
     const auto reply = client.call(wire::Opcode::register_module, message);

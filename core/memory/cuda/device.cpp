@@ -5,17 +5,6 @@
 
 namespace refit::cuda {
 
-std::string DeviceUuid::text() const {
-  static constexpr char kDigits[] = "0123456789abcdef";
-  std::string text = "GPU-";
-  for (std::size_t i = 0; i < bytes.size(); ++i) {
-    if (i == 4 || i == 6 || i == 8 || i == 10) text += '-';
-    text += kDigits[bytes[i] >> 4];
-    text += kDigits[bytes[i] & 15];
-  }
-  return text;
-}
-
 Context::~Context() {
   // Fails only where the driver is already gone, at the end of the process.
   static_cast<void>(driver_.primary_ctx_release(device_.ordinal));

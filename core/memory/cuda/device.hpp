@@ -4,7 +4,6 @@
 // one.
 #pragma once
 
-#include <array>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -13,17 +12,9 @@
 #include <vector>
 
 #include "memory/cuda/driver.hpp"
+#include "memory/exported.hpp"
 
 namespace refit::cuda {
-
-/// As nvidia-smi -L prints it; of a MIG instance its own, not its GPU's.
-struct DeviceUuid {
-  std::array<std::uint8_t, 16> bytes{};
-
-  /// "GPU-" and 32 digits in five groups.
-  [[nodiscard]] std::string text() const;
-  friend bool operator==(const DeviceUuid&, const DeviceUuid&) = default;
-};
 
 struct Device {
   DeviceUuid uuid;

@@ -1,7 +1,6 @@
 // A client's own device memory, by CUDA: what stands behind memory/device_sharing.hpp.
 #include "memory/device_sharing.hpp"
 
-#include <cstring>
 #include <mutex>
 #include <utility>
 
@@ -34,28 +33,17 @@ class Shared final : public SharedDeviceMemory {
       : devices_(std::move(devices)),
         context_(std::move(context)),
         base_(base),
-        label_(std::move(label)) {
-    claim_.kind = static_cast<RegionKind>(exported.kind);
-    claim_.device = exported.device.bytes;
-    claim_.allocation = exported.pieces.front().allocation_id;
-    for (Piece& piece : exported.pieces) {
-      DevicePiece one;
-      one.bytes = piece.bytes;
-      std::memcpy(one.handle.data(), piece.handle.data(), one.handle.size());
-      one.fd = std::move(piece.fd);
-      claim_.bytes += piece.bytes;
-      claim_.pieces.push_back(std::move(one));
-    }
-  }
+        exported_(std::move(exported)),
+        label_(std::move(label)) {}
 
-  [[nodiscard]] const DeviceClaim& claim() const noexcept override { return claim_; }
+  [[nodiscard]] const Exported& exported() const noexcept override { return exported_; }
   [[nodiscard]] std::byte* address() const noexcept override {
     // NOLINTNEXTLINE(performance-no-int-to-ptr): the driver's addresses are numbers
     return reinterpret_cast<std::byte*>(base_);
   }
   [[nodiscard]] Result<void> still_there() const override {
     REFIT_TRY_ASSIGN(const std::uint64_t now, identify(devices_->driver(), base_, label_));
-    if (now == claim_.allocation) return {};
+    if (now == exported_.pieces.front().allocation_id) return {};
     return fail(Errc::bad_region,
                 label_ +
                     ": the device memory that was shared has been freed, and other memory "
@@ -72,8 +60,8 @@ class Shared final : public SharedDeviceMemory {
   std::shared_ptr<VisibleDevices> devices_;
   std::shared_ptr<const Context> context_;
   CUdeviceptr base_;
+  Exported exported_;
   std::string label_;
-  DeviceClaim claim_;
 };
 
 class Event final : public SharedDeviceEvent {
@@ -82,14 +70,14 @@ class Event final : public SharedDeviceEvent {
         CUstream stream, std::string label)
       : context_(std::move(context)),
         event_(std::move(event)),
-        device_(context_->device().uuid.bytes),
+        handle_(handle),
         stream_(stream),
-        label_(std::move(label)) {
-    std::memcpy(handle_.data(), handle.data(), handle_.size());
-  }
+        label_(std::move(label)) {}
 
-  [[nodiscard]] const refit::DeviceUuid& device() const noexcept override { return device_; }
-  [[nodiscard]] const refit::IpcHandle& handle() const noexcept override { return handle_; }
+  [[nodiscard]] const DeviceUuid& device() const noexcept override {
+    return context_->device().uuid;
+  }
+  [[nodiscard]] const IpcHandle& handle() const noexcept override { return handle_; }
   [[nodiscard]] Result<void> record() override {
     const Driver& driver = context_->driver();
     REFIT_TRY_ASSIGN(const Current current, Current::enter(*context_));
@@ -108,8 +96,7 @@ class Event final : public SharedDeviceEvent {
  private:
   std::shared_ptr<const Context> context_;
   IpcEvent event_;
-  refit::DeviceUuid device_;
-  refit::IpcHandle handle_;
+  IpcHandle handle_;
   CUstream stream_;
   std::string label_;
 };
@@ -125,6 +112,10 @@ Result<std::shared_ptr<SharedDeviceMemory>> share_device_memory(const void* poin
   REFIT_TRY_ASSIGN(auto exported, cuda::export_memory(*devices, address, bytes, label));
   REFIT_TRY_ASSIGN(auto context, devices->context(*devices->find(exported.device)));
   const CUdeviceptr base = address - exported.offset;
+  // Whole allocations, so that other tensors beside this range may lie in the same region.
+  exported.offset = 0;
+  exported.bytes = 0;
+  for (const DevicePiece& piece : exported.pieces) exported.bytes += piece.bytes;
   return std::static_pointer_cast<SharedDeviceMemory>(std::make_shared<cuda::Shared>(
       std::move(devices), std::move(context), base, std::move(exported), label));
 }
@@ -135,7 +126,7 @@ Result<std::shared_ptr<SharedDeviceEvent>> share_device_event(const void* pointe
   REFIT_TRY_ASSIGN(auto located, cuda::locate(*devices, cuda::address_of(pointer), 1, label));
   REFIT_TRY_ASSIGN(auto context, devices->context(*located.device));
   REFIT_TRY_ASSIGN(auto event, cuda::IpcEvent::create(context, label));
-  REFIT_TRY_ASSIGN(const cuda::IpcHandle handle, event.handle(label));
+  REFIT_TRY_ASSIGN(const IpcHandle handle, event.handle(label));
   return std::static_pointer_cast<SharedDeviceEvent>(std::make_shared<cuda::Event>(
       std::move(context), std::move(event), handle, static_cast<CUstream>(stream), label));
 }

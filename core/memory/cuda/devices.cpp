@@ -2,8 +2,6 @@
 #include "memory/devices.hpp"
 
 #include <algorithm>
-#include <condition_variable>
-#include <cstring>
 #include <mutex>
 #include <utility>
 
@@ -112,23 +110,9 @@ class CudaDevices final : public refit::Devices {
         importer_(devices_, legacy_across_uids),
         copier_(std::move(copier)) {}
 
-  Result<std::shared_ptr<DeviceRange>> import(const refit::Exporter& exporter, DeviceClaim claim,
+  Result<std::shared_ptr<DeviceRange>> import(const Exporter& exporter, const Exported& exported,
                                               Access access, const std::string& label) override {
-    Exported exported;
-    exported.device.bytes = claim.device;
-    exported.kind = static_cast<HandleKind>(claim.kind);
-    exported.bytes = claim.bytes;
-    for (DevicePiece& piece : claim.pieces) {
-      Piece one;
-      std::memcpy(one.handle.data(), piece.handle.data(), one.handle.size());
-      one.fd = std::move(piece.fd);
-      one.bytes = piece.bytes;
-      one.allocation_id = claim.allocation;
-      exported.address = piece.address;
-      exported.pieces.push_back(std::move(one));
-    }
-    const Exporter who{exporter.session, static_cast<pid_t>(exporter.pid), exporter.uid};
-    REFIT_TRY_ASSIGN(auto memory, importer_.open(who, exported, access, label));
+    REFIT_TRY_ASSIGN(auto memory, importer_.open(exporter, exported, access, label));
     return std::static_pointer_cast<DeviceRange>(
         std::make_shared<ImportedRange>(std::move(memory)));
   }
@@ -142,18 +126,15 @@ class CudaDevices final : public refit::Devices {
     return std::static_pointer_cast<PinnedMemory>(std::make_shared<Pinned>(std::move(range)));
   }
 
-  Result<std::shared_ptr<DeviceEvent>> open_event(const refit::DeviceUuid& uuid,
-                                                  const refit::IpcHandle& handle,
+  Result<std::shared_ptr<DeviceEvent>> open_event(const DeviceUuid& uuid, const IpcHandle& handle,
                                                   const std::string& label) override {
-    const Device* device = devices_->find(DeviceUuid{uuid});
+    const Device* device = devices_->find(uuid);
     if (device == nullptr) {
-      return fail(Errc::bad_region, label + ": its event is of device " + DeviceUuid{uuid}.text() +
+      return fail(Errc::bad_region, label + ": its event is of device " + uuid.text() +
                                         ", which this daemon does not see");
     }
     REFIT_TRY_ASSIGN(auto context, devices_->context(*device));
-    IpcHandle bytes;
-    std::memcpy(bytes.data(), handle.data(), bytes.size());
-    REFIT_TRY_ASSIGN(auto event, IpcEvent::open(std::move(context), bytes, label));
+    REFIT_TRY_ASSIGN(auto event, IpcEvent::open(std::move(context), handle, label));
     return std::static_pointer_cast<DeviceEvent>(std::make_shared<OpenedEvent>(std::move(event)));
   }
 

@@ -7,7 +7,8 @@
 #include <string>
 #include <utility>
 
-#include "memory/cuda/exported.hpp"
+#include "memory/cuda/device.hpp"
+#include "memory/exported.hpp"
 
 namespace refit::cuda {
 

@@ -137,8 +137,8 @@ Result<Located> locate(VisibleDevices& devices, CUdeviceptr pointer, std::uint64
   const bool is_legacy =
       ask(driver, CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE, pointer, 0U) != 0;
   const bool is_vmm = !is_legacy && !is_of_pool(driver, pointer) && PhysicalHandle(driver, pointer);
-  if (is_legacy) located.kind = HandleKind::legacy;
-  if (is_vmm) located.kind = HandleKind::vmm;
+  if (is_legacy) located.kind = RegionKind::cuda_legacy;
+  if (is_vmm) located.kind = RegionKind::cuda_vmm;
 
   const CUdeviceptr end = pointer + bytes;
   for (CUdeviceptr at = pointer; at < end;) {
@@ -170,11 +170,11 @@ Result<Exported> export_memory(VisibleDevices& devices, CUdeviceptr pointer, std
   const Driver& driver = devices.driver();
   Exported exported;
   exported.device = located.device->uuid;
-  exported.kind = same_process ? HandleKind::local : located.kind;
+  exported.kind = same_process ? RegionKind::cuda_local : located.kind;
   exported.bytes = bytes;
   exported.offset = pointer - located.segments.front().base;
   for (const Located::Segment& segment : located.segments) {
-    Piece& piece = exported.pieces.emplace_back();
+    DevicePiece& piece = exported.pieces.emplace_back();
     piece.bytes = segment.bytes;
     piece.allocation_id = segment.allocation_id;
   }
@@ -183,7 +183,7 @@ Result<Exported> export_memory(VisibleDevices& devices, CUdeviceptr pointer, std
     return exported;
   }
   switch (located.kind) {
-    case HandleKind::legacy: {
+    case RegionKind::cuda_legacy: {
       REFIT_TRY_ASSIGN(const auto context, devices.context(*located.device));
       REFIT_TRY_ASSIGN(const Current current, Current::enter(*context));
       CUipcMemHandle handle{};
@@ -192,12 +192,13 @@ Result<Exported> export_memory(VisibleDevices& devices, CUdeviceptr pointer, std
       std::memcpy(exported.pieces.front().handle.data(), handle.reserved, sizeof handle.reserved);
       return exported;
     }
-    case HandleKind::vmm:
+    case RegionKind::cuda_vmm:
       for (std::size_t i = 0; i < located.segments.size(); ++i) {
         REFIT_TRY_ASSIGN(exported.pieces[i].fd, export_segment(driver, located.segments[i], label));
       }
       return exported;
-    case HandleKind::local:
+    case RegionKind::cuda_local:
+    case RegionKind::host:
       break;
   }
   return fail(

@@ -9,7 +9,8 @@
 #include <cstdint>
 #include <string>
 
-#include "memory/cuda/exported.hpp"
+#include "memory/cuda/device.hpp"
+#include "memory/exported.hpp"
 
 namespace refit::cuda {
 
@@ -22,7 +23,7 @@ struct Located {
   };
   const Device* device = nullptr;
   /// What another process can reach it by; local where it cannot.
-  HandleKind kind = HandleKind::local;
+  RegionKind kind = RegionKind::cuda_local;
   std::vector<Segment> segments;  ///< several only for cuMemCreate's memory
 };
 

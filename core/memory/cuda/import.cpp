@@ -63,11 +63,11 @@ Result<std::uint64_t> check_layout(const Exported& exported, const Device& devic
                                    const std::string& label) {
   const std::size_t pieces = exported.pieces.size();
   if (pieces == 0) return bad(label, "it names no allocation");
-  if (exported.kind == HandleKind::legacy && pieces != 1)
+  if (exported.kind == RegionKind::cuda_legacy && pieces != 1)
     return bad(label, "it names " + std::to_string(pieces) + " allocations, but is of one");
   if (exported.bytes == 0) return bad(label, "0 bytes are no region");
   std::uint64_t total = 0;
-  for (const Piece& piece : exported.pieces) {
+  for (const DevicePiece& piece : exported.pieces) {
     if (piece.bytes == 0) return bad(label, "it names an allocation of 0 bytes");
     // Also bounds the sum, whatever a client declares: no addresses are reserved for more.
     if (piece.bytes > device.memory_bytes - total)
@@ -103,7 +103,7 @@ class Reservation {
     return {};
   }
   /// Behind what is mapped already.
-  Result<void> map(const Piece& piece, const std::string& label);
+  Result<void> map(const DevicePiece& piece, const std::string& label);
   Result<void> grant(Access access, const std::string& label);
   [[nodiscard]] CUdeviceptr base() const { return base_; }
 
@@ -114,7 +114,7 @@ class Reservation {
   std::uint64_t mapped_bytes_ = 0;
 };
 
-Result<void> Reservation::map(const Piece& piece, const std::string& label) {
+Result<void> Reservation::map(const DevicePiece& piece, const std::string& label) {
   const Driver& driver = context_->driver();
   if (!piece.fd) return bad(label, "no fd came with it");
   CUmemGenericAllocationHandle handle = 0;
@@ -176,14 +176,14 @@ Result<void> open_vmm(const Exported& exported, std::uint64_t total, const std::
       driver,
       mem_get_allocation_granularity(&granularity, &properties, CU_MEM_ALLOC_GRANULARITY_MINIMUM),
       label + ": the granularity of device " + device.label() + " (cuMemGetAllocationGranularity)");
-  for (const Piece& piece : exported.pieces) {
+  for (const DevicePiece& piece : exported.pieces) {
     if (piece.bytes % granularity != 0)
       return bad(label, "it names a segment of " + count(piece.bytes) +
                             ", which is no multiple of " + std::to_string(granularity));
   }
   const auto reservation = std::make_shared<Reservation>(memory.context);
   REFIT_TRY(reservation->reserve(total, label));
-  for (const Piece& piece : exported.pieces) REFIT_TRY(reservation->map(piece, label));
+  for (const DevicePiece& piece : exported.pieces) REFIT_TRY(reservation->map(piece, label));
   REFIT_TRY(reservation->grant(memory.access, label));
   memory.address = reservation->base() + exported.offset;
   memory.mapping = reservation;
@@ -230,18 +230,20 @@ Result<std::shared_ptr<const DeviceMemory>> Importer::open(const Exporter& expor
   memory->allocation_id = exported.pieces.front().allocation_id;
   memory->access = access;
   switch (exported.kind) {
-    case HandleKind::legacy:
+    case RegionKind::cuda_legacy:
       REFIT_TRY(open_legacy(exporter, exported, label, *memory));
       return memory;
-    case HandleKind::vmm:
+    case RegionKind::cuda_vmm:
       REFIT_TRY(open_vmm(exported, total, label, *memory));
       return memory;
-    case HandleKind::local:
+    case RegionKind::cuda_local:
       REFIT_TRY(open_local(exporter, exported, label, *memory));
       return memory;
+    case RegionKind::host:
+      break;
   }
-  return bad(label, "handle kind " + std::to_string(static_cast<unsigned int>(exported.kind)) +
-                        " is none");
+  return bad(label, "region kind " + std::to_string(static_cast<unsigned int>(exported.kind)) +
+                        " is no device memory");
 }
 
 Result<void> Importer::open_legacy(const Exporter& exporter, const Exported& exported,
@@ -256,7 +258,7 @@ Result<void> Importer::open_legacy(const Exporter& exporter, const Exported& exp
                     "cuda.legacy_across_uids");
   }
   REFIT_TRY_ASSIGN(const Current current, Current::enter(*memory.context));
-  const Piece& piece = exported.pieces.front();
+  const DevicePiece& piece = exported.pieces.front();
   REFIT_TRY_ASSIGN(const auto allocation, allocation_of({exporter.session, piece.allocation_id},
                                                         memory.context, piece.handle, label));
   // The declared size was checked before; only this one is true.

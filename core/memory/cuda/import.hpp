@@ -6,8 +6,6 @@
 // against what the driver says of the memory. Knows nothing of sessions but a number.
 #pragma once
 
-#include <sys/types.h>
-
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -16,16 +14,10 @@
 #include <utility>
 
 #include "ipc/segment.hpp"
-#include "memory/cuda/exported.hpp"
+#include "memory/cuda/device.hpp"
+#include "memory/exported.hpp"
 
 namespace refit::cuda {
-
-/// Who exported, as the kernel told it; no message has a say in it.
-struct Exporter {
-  std::uint64_t session = 0;  ///< unique in this daemon's life
-  pid_t pid = 0;
-  uid_t uid = 0;
-};
 
 /// A region of device memory, mapped here. Copies of the shared pointer keep it mapped; the last
 /// one must go when no copy on a stream uses it any more, and may block in the driver.
@@ -33,7 +25,7 @@ struct DeviceMemory {
   std::shared_ptr<const Context> context;  ///< of the memory's device
   CUdeviceptr address = 0;                 ///< of the region's first byte
   std::uint64_t bytes = 0;
-  HandleKind kind = HandleKind::legacy;
+  RegionKind kind = RegionKind::cuda_legacy;
   std::uint64_t allocation_id = 0;  ///< of its first piece, in the exporter's numbers
   /// What it was opened for. The device enforces it of vmm only: other kinds have no rights.
   Access access = Access::read_only;

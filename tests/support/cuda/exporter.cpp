@@ -20,7 +20,7 @@ namespace {
 constexpr const char* kMark = "REFIT_TEST_CUDA_EXPORTER";  // the fd that it writes to
 
 struct Message {
-  DeviceUuid device{};
+  DeviceUuid device;
   std::uint64_t allocation = 0;
   std::uint64_t bytes = 0;
   IpcHandle handle{};
@@ -33,8 +33,9 @@ bool is_exporter() { return std::getenv(kMark) != nullptr; }
 void export_until_told() {
   const DeviceAllocation memory(DeviceKind::legacy, 0, 8192);
   const auto shared = must(share_device_memory(memory.pointer(), 8192, "the exporter's memory"));
-  const DeviceClaim& claim = shared->claim();
-  const Message message{claim.device, claim.allocation, claim.bytes, claim.pieces.front().handle};
+  const Exported& exported = shared->exported();
+  const DevicePiece& piece = exported.pieces.front();
+  const Message message{exported.device, piece.allocation_id, exported.bytes, piece.handle};
   const int to = std::atoi(std::getenv(kMark));
   if (::write(to, &message, sizeof message) != sizeof message) std::_Exit(1);
   for (;;) ::pause();
@@ -58,27 +59,12 @@ CudaExporter::CudaExporter() {
   from_ = pipe[0];
   Message message;
   EXPECT_EQ(::read(from_, &message, sizeof message), static_cast<ssize_t>(sizeof message));
-  claim_.kind = RegionKind::cuda_legacy;
-  claim_.device = message.device;
-  claim_.allocation = message.allocation;
-  claim_.bytes = message.bytes;
-  DevicePiece piece;
+  exported_.device = message.device;
+  exported_.bytes = message.bytes;
+  DevicePiece& piece = exported_.pieces.emplace_back();
   piece.bytes = message.bytes;
   piece.handle = message.handle;
-  claim_.pieces.push_back(std::move(piece));
-}
-
-DeviceClaim CudaExporter::claim() const {
-  DeviceClaim copy;
-  copy.kind = claim_.kind;
-  copy.device = claim_.device;
-  copy.allocation = claim_.allocation;
-  copy.bytes = claim_.bytes;
-  DevicePiece piece;
-  piece.bytes = claim_.bytes;
-  piece.handle = claim_.pieces.front().handle;
-  copy.pieces.push_back(std::move(piece));
-  return copy;
+  piece.allocation_id = message.allocation;
 }
 
 void CudaExporter::kill_now() {

@@ -7,7 +7,7 @@
 
 #include <sys/types.h>
 
-#include "memory/devices.hpp"
+#include "memory/exported.hpp"
 
 namespace refit::test {
 
@@ -19,13 +19,13 @@ class CudaExporter {
   CudaExporter& operator=(const CudaExporter&) = delete;
 
   /// As the process exported it.
-  [[nodiscard]] DeviceClaim claim() const;
+  [[nodiscard]] const Exported& exported() const noexcept { return exported_; }
   void kill_now();
 
  private:
   pid_t pid_ = -1;
   int from_ = -1;
-  DeviceClaim claim_;
+  Exported exported_;
 };
 
 /// True in such a process; see export_until_told().

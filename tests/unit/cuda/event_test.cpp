@@ -51,7 +51,7 @@ TEST_F(IpcEventTest, BytesThatAreNoHandleAreRefused) {
                       "trainer's fence"));
   const ExporterProcess process;
   IpcHandle flipped = event_of(process);
-  flipped[17] ^= std::byte{4};
+  flipped[17] ^= 4;
   EXPECT_TRUE(
       refuses(IpcEvent::open(context(), flipped, "fence"), Errc::bad_argument, "no handle"));
   const auto memory = process.exported(Kind::allocation, kMiB, 1, 0, kMiB);

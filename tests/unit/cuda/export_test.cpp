@@ -19,7 +19,7 @@ TEST_F(ExportTest, AnAllocationIsExportedWholeWithThePointersOffset) {
   const auto whole = exported(made.address(), made.bytes());
   const auto inner = exported(made.address() + kMiB + 12, 100);
   ASSERT_TRUE(whole && inner);
-  EXPECT_EQ(whole->kind, HandleKind::legacy);
+  EXPECT_EQ(whole->kind, RegionKind::cuda_legacy);
   EXPECT_EQ(whole->device, devices_->all()[1].uuid);
   EXPECT_EQ(whole->offset, 0U);
   EXPECT_EQ(inner->offset, kMiB + 12);
@@ -37,11 +37,11 @@ TEST_F(ExportTest, ARangeOverSeveralSegmentsIsOneRegionOfSeveralPieces) {
     // Begins in the second segment and ends in the third.
     const auto region = exported(made.address() + 3 * kMiB, 2 * kMiB);
     ASSERT_TRUE(region) << region.error().to_string();
-    EXPECT_EQ(region->kind, HandleKind::vmm);
+    EXPECT_EQ(region->kind, RegionKind::cuda_vmm);
     EXPECT_EQ(region->offset, kMiB);
     ASSERT_EQ(region->pieces.size(), 2U);
     EXPECT_NE(region->pieces[0].allocation_id, region->pieces[1].allocation_id);
-    for (const Piece& piece : region->pieces) {
+    for (const DevicePiece& piece : region->pieces) {
       EXPECT_EQ(piece.bytes, 2 * kMiB);
       EXPECT_TRUE(piece.fd);
       EXPECT_EQ(::fcntl(piece.fd.get(), F_GETFD), FD_CLOEXEC);
@@ -120,7 +120,7 @@ TEST_F(ExportTest, ForTheSameProcessAnyDeviceMemoryIsItsAddress) {
     const MadeMemory made(kind, 2 * kMiB);
     const auto region = exported(made.address() + 5, 100, /*same_process=*/true);
     ASSERT_TRUE(region) << region.error().to_string();
-    EXPECT_EQ(region->kind, HandleKind::local);
+    EXPECT_EQ(region->kind, RegionKind::cuda_local);
     EXPECT_EQ(region->address, made.address() + 5);
     EXPECT_FALSE(region->pieces[0].fd);
   }

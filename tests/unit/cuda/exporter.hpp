@@ -18,7 +18,7 @@
 #include <string>
 #include <vector>
 
-#include "memory/cuda/exported.hpp"
+#include "memory/exported.hpp"
 #include "unit/cuda/made_memory.hpp"
 
 namespace refit::cuda::test {
@@ -50,7 +50,7 @@ struct Answer {
   char message[512] = {};
   std::uint64_t value = 0;
   DeviceUuid device;
-  HandleKind kind = HandleKind::legacy;
+  RegionKind kind = RegionKind::cuda_legacy;
   std::uint64_t bytes = 0;
   std::uint64_t offset = 0;
   std::uint32_t pieces = 0;
@@ -160,7 +160,7 @@ class ExporterProcess {
     exported.bytes = answer.bytes;
     exported.offset = answer.offset;
     for (std::uint32_t i = 0; i < answer.pieces; ++i) {
-      Piece& piece = exported.pieces.emplace_back();
+      DevicePiece& piece = exported.pieces.emplace_back();
       piece.handle = answer.piece[i].handle;
       piece.bytes = answer.piece[i].bytes;
       piece.allocation_id = answer.piece[i].allocation_id;

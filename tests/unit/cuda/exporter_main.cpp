@@ -86,7 +86,7 @@ class Served {
     answer.kind = exported.kind;
     answer.bytes = exported.bytes;
     answer.offset = exported.offset;
-    for (Piece& piece : exported.pieces) {
+    for (DevicePiece& piece : exported.pieces) {
       auto& told = answer.piece[answer.pieces++];
       told.handle = piece.handle;
       told.bytes = piece.bytes;

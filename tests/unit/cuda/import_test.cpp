@@ -45,8 +45,8 @@ class ImporterTest : public CudaTest {
     copy.bytes = exported.bytes;
     copy.offset = exported.offset;
     copy.address = exported.address;
-    for (const Piece& piece : exported.pieces) {
-      Piece& other = copy.pieces.emplace_back();
+    for (const DevicePiece& piece : exported.pieces) {
+      DevicePiece& other = copy.pieces.emplace_back();
       other.handle = piece.handle;
       other.bytes = piece.bytes;
       other.allocation_id = piece.allocation_id;
@@ -68,7 +68,7 @@ TEST_F(ImporterTest, ARegionOfALegacyAllocationIsItsBytes) {
     const auto memory = open(process, *exported);
     ASSERT_TRUE(memory) << memory.error().to_string();
     EXPECT_EQ((*memory)->bytes, kMiB);
-    EXPECT_EQ((*memory)->kind, HandleKind::legacy);
+    EXPECT_EQ((*memory)->kind, RegionKind::cuda_legacy);
     EXPECT_EQ((*memory)->allocation_id, exported->pieces[0].allocation_id);
     EXPECT_EQ((*memory)->context->device().uuid, exported->device);
     EXPECT_TRUE(holds_pattern((*memory)->address, kMiB, kMiB + 12));
@@ -85,7 +85,7 @@ TEST_F(ImporterTest, ARegionOfSeveralSegmentsIsOneRange) {
   {
     const auto memory = open(process, *exported);
     ASSERT_TRUE(memory) << memory.error().to_string();
-    EXPECT_EQ((*memory)->kind, HandleKind::vmm);
+    EXPECT_EQ((*memory)->kind, RegionKind::cuda_vmm);
     EXPECT_EQ(held("mappings"), 3U);
     EXPECT_EQ(held("reservations"), 1U);
     EXPECT_TRUE(holds_pattern((*memory)->address, 4 * kMiB, kMiB));
@@ -312,10 +312,10 @@ TEST_F(ImporterTest, AllocationsThatAreNotOneRegionAreRefused) {
   lie.pieces.clear();
   expect_refused(process, lie, "names no allocation");
   lie = copy_of(*true_one);
-  lie.kind = static_cast<HandleKind>(0);
-  expect_refused(process, lie, "handle kind 0 is none");
-  lie.kind = static_cast<HandleKind>(200);
-  expect_refused(process, lie, "handle kind 200 is none");
+  lie.kind = static_cast<RegionKind>(0);
+  expect_refused(process, lie, "region kind 0 is no device memory");
+  lie.kind = static_cast<RegionKind>(200);
+  expect_refused(process, lie, "region kind 200 is no device memory");
 }
 
 TEST_F(ImporterTest, BytesThatAreNoHandleAreRefused) {
@@ -325,13 +325,13 @@ TEST_F(ImporterTest, BytesThatAreNoHandleAreRefused) {
   Exported lie = copy_of(*true_one);
   lie.pieces[0].handle = {};
   expect_refused(process, lie, "it is no handle");
-  lie.pieces[0].handle.fill(std::byte{0xff});
+  lie.pieces[0].handle.fill(0xff);
   expect_refused(process, lie, "it is no handle");
   lie.pieces[0].handle = process.ask({.act = Act::make_event}).event;
   expect_refused(process, lie, "it is no handle");
   for (const std::size_t at : {std::size_t{0}, std::size_t{31}, std::size_t{63}}) {
     lie.pieces[0].handle = true_one->pieces[0].handle;
-    lie.pieces[0].handle[at] ^= std::byte{1};
+    lie.pieces[0].handle[at] ^= 1;
     expect_refused(process, lie, "it is no handle");
   }
 }
@@ -354,14 +354,14 @@ TEST_F(ImporterTest, FdsThatAreNoDeviceMemoryAreRefused) {
   const auto legacy = process.exported(Kind::allocation, 2 * kMiB, 1, 0, kMiB);
   ASSERT_TRUE(legacy);
   lie = copy_of(*legacy);
-  lie.kind = HandleKind::vmm;
+  lie.kind = RegionKind::cuda_vmm;
   expect_refused(process, lie, "no fd came with it");
   lie = copy_of(*true_one);
-  lie.kind = HandleKind::legacy;
+  lie.kind = RegionKind::cuda_legacy;
   lie.pieces.pop_back();
   lie.bytes = kMiB;
   expect_refused(process, lie, "it is no handle");
-  lie.kind = HandleKind::local;
+  lie.kind = RegionKind::cuda_local;
   expect_refused(process, lie, "only taken from this very process");
 }
 
