@@ -20,50 +20,49 @@ Access access_of(const Session& session) {
 }
 
 /// Makes the memory ready on a pool thread, and answers the registration when it is: faults in the
-/// pages of host memory and pins them where there are devices, opens what devices share.
+/// pages of host memory and pins them where there are devices, opens what devices share. The
+/// request comes back with the answer: its fds are the client's choice, and closing one may take
+/// for ever.
 class MakeReadyJob final : public BackgroundJob {
  public:
-  using Done = std::function<void(Result<void>, std::uint64_t took_us)>;
+  using Done = std::function<void(RegisterRequest&, Result<void>, std::uint64_t took_us)>;
 
   MakeReadyJob(std::shared_ptr<Registration> registration, DeviceAccess& devices, Access access,
-               const Exporter& exporter, std::vector<std::optional<Exported>> claims,
-               std::optional<EventClaim> event, Done done)
+               const Exporter& exporter, RegisterRequest request, Done done)
       : BackgroundJob(1),
         registration_(std::move(registration)),
         devices_(devices),
         access_(access),
         exporter_(exporter),
-        claims_(std::move(claims)),
-        event_(event),
+        request_(std::move(request)),
         done_(std::move(done)) {}
 
   void run_part(std::size_t) override {
     const auto start = Clock::now();
     outcome_ = make_ready();
-    claims_.clear();
     took_us_ = static_cast<std::uint64_t>(
         std::chrono::duration_cast<std::chrono::microseconds>(Clock::now() - start).count());
   }
-  void finished() override { done_(std::move(outcome_), took_us_); }
+  void finished() override { done_(request_, std::move(outcome_), took_us_); }
 
  private:
   Result<void> make_ready() {
     const std::string& label = registration_->manifest->label();
-    for (std::size_t i = 0; i < claims_.size(); ++i) {
+    for (std::size_t i = 0; i < request_.regions.size(); ++i) {
       MappedRegion& region = registration_->regions[i];
       const std::string name = label + ": region " + std::to_string(i);
-      if (claims_[i]) {
+      if (const auto& exported = request_.regions[i].device) {
         REFIT_TRY_ASSIGN(Devices* const devices, devices_.required(name));
-        REFIT_TRY_ASSIGN(region.device, devices->import(exporter_, *claims_[i], access_, name));
+        REFIT_TRY_ASSIGN(region.device, devices->import(exporter_, *exported, access_, name));
         continue;
       }
       REFIT_TRY(populate(region.host, access_, label));
       REFIT_TRY(pin(region, name));
     }
-    if (!event_) return {};
+    if (!request_.event) return {};
     REFIT_TRY_ASSIGN(Devices* const devices, devices_.required(label));
     REFIT_TRY_ASSIGN(registration_->event,
-                     devices->open_event(event_->device, event_->handle, label));
+                     devices->open_event(request_.event->device, request_.event->handle, label));
     return {};
   }
 
@@ -86,8 +85,7 @@ class MakeReadyJob final : public BackgroundJob {
   DeviceAccess& devices_;
   Access access_;
   Exporter exporter_;
-  std::vector<std::optional<Exported>> claims_;  ///< by region; none of host memory
-  std::optional<EventClaim> event_;
+  RegisterRequest request_;
   Done done_;
   Result<void> outcome_;
   std::uint64_t took_us_ = 0;
@@ -191,7 +189,8 @@ Result<Registrar::Mapped> Registrar::map_regions(Session& session, RegisterReque
   return mapped;
 }
 
-/// The fds of device memory, which a refused registration leaves to nobody.
+/// The fds of device memory: a refused registration leaves them to nobody, and what was opened by
+/// them needs them no longer.
 void Registrar::drop_fds(RegisterRequest& request) {
   std::vector<UniqueFd> fds;
   for (RegionClaim& claim : request.regions) {
@@ -399,13 +398,12 @@ void Registrar::register_module(Session& session, std::uint64_t request_id,
     write_initial_words(session.memory->response_region().modules[(*module)->slot], *request);
   }
 
-  std::vector<std::optional<Exported>> claims;
-  for (RegionClaim& claim : request->regions) claims.push_back(std::move(claim.device));
   const Exporter exporter{session.id, session.peer.pid, session.peer.uid};
   auto job = std::make_unique<MakeReadyJob>(
-      registration, devices_, access_of(session), exporter, std::move(claims), request->event,
+      registration, devices_, access_of(session), exporter, std::move(*request),
       [this, session_id, registration, answer, awaited = std::move(awaited)](
-          Result<void> outcome, std::uint64_t took_us) {
+          RegisterRequest& done, Result<void> outcome, std::uint64_t took_us) {
+        drop_fds(done);
         answer->outcome = std::move(outcome);
         answer->took_us = took_us;
         registration->populated = answer->outcome.has_value();
