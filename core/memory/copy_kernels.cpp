@@ -38,9 +38,15 @@ void copy_rep_movsb(void* target, const void* source, std::size_t bytes) noexcep
   asm volatile("rep movsb" : "+D"(target), "+S"(source), "+c"(bytes) : : "memory");
 }
 
-// Bytes up to the target's next line boundary.
-std::size_t head_bytes(const void* target) noexcept {
-  return (kLineBytes - reinterpret_cast<std::uintptr_t>(target) % kLineBytes) % kLineBytes;
+// Copies up to the target's next line boundary, of `bytes` that reach further, and moves all three
+// on.
+void copy_head(std::byte*& to, const std::byte*& from, std::size_t& bytes) noexcept {
+  const std::size_t head =
+      (kLineBytes - reinterpret_cast<std::uintptr_t>(to) % kLineBytes) % kLineBytes;
+  copy_memcpy(to, from, head);
+  to += head;
+  from += head;
+  bytes -= head;
 }
 
 // Both loops read `kPrefetchBytes` ahead with a hint that keeps the source out of the outer caches;
@@ -63,11 +69,7 @@ template <std::size_t kPrefetchBytes>
   if (bytes < kNonTemporalBytesMin) return copy_memcpy(target, source, bytes);
   auto* to = static_cast<std::byte*>(target);
   const auto* from = static_cast<const std::byte*>(source);
-  const std::size_t head = head_bytes(to);
-  copy_memcpy(to, from, head);
-  to += head;
-  from += head;
-  bytes -= head;
+  copy_head(to, from, bytes);
   for (; bytes >= kStepBytes; bytes -= kStepBytes, to += kStepBytes, from += kStepBytes) {
     prefetch_step<kPrefetchBytes>(from);
     const auto* in = reinterpret_cast<const __m256i*>(from);
@@ -98,11 +100,7 @@ template <std::size_t kPrefetchBytes>
   if (bytes < kNonTemporalBytesMin) return copy_memcpy(target, source, bytes);
   auto* to = static_cast<std::byte*>(target);
   const auto* from = static_cast<const std::byte*>(source);
-  const std::size_t head = head_bytes(to);
-  copy_memcpy(to, from, head);
-  to += head;
-  from += head;
-  bytes -= head;
+  copy_head(to, from, bytes);
   for (; bytes >= kStepBytes; bytes -= kStepBytes, to += kStepBytes, from += kStepBytes) {
     prefetch_step<kPrefetchBytes>(from);
     const __m512i a = _mm512_loadu_si512(from);
@@ -131,11 +129,7 @@ constexpr std::size_t kPageAheadBytes = 256;
   if (bytes < kBlockBytes + kLineBytes) return copy_nt_avx2<0>(target, source, bytes);
   auto* to = static_cast<std::byte*>(target);
   const auto* from = static_cast<const std::byte*>(source);
-  const std::size_t head = head_bytes(to);
-  copy_memcpy(to, from, head);
-  to += head;
-  from += head;
-  bytes -= head;
+  copy_head(to, from, bytes);
   for (; bytes >= kBlockBytes; bytes -= kBlockBytes, to += kBlockBytes, from += kBlockBytes) {
     for (std::size_t step = 0; step < kPageBytes; step += kPageStepBytes) {
       for (std::size_t page = step; page < kBlockBytes; page += kPageBytes) {
@@ -162,11 +156,7 @@ constexpr std::size_t kPageAheadBytes = 256;
   if (bytes < kBlockBytes + kLineBytes) return copy_nt_avx512<0>(target, source, bytes);
   auto* to = static_cast<std::byte*>(target);
   const auto* from = static_cast<const std::byte*>(source);
-  const std::size_t head = head_bytes(to);
-  copy_memcpy(to, from, head);
-  to += head;
-  from += head;
-  bytes -= head;
+  copy_head(to, from, bytes);
   for (; bytes >= kBlockBytes; bytes -= kBlockBytes, to += kBlockBytes, from += kBlockBytes) {
     for (std::size_t step = 0; step < kPageBytes; step += kPageStepBytes) {
       for (std::size_t page = step; page < kBlockBytes; page += kPageBytes) {
