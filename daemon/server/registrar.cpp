@@ -345,14 +345,15 @@ Result<std::shared_ptr<Module>> Registrar::place(Session& session, const Registe
 
 void Registrar::register_module(Session& session, std::uint64_t request_id,
                                 const wire::RegisterModule& message) {
+  if (session.role == Role::observer) {
+    return replies_.send_error(session, request_id,
+                               {Errc::permission, 0, "an observer registers nothing", {}});
+  }
   auto request = decode(message, ManifestLimits{});
   const auto refuse = [&](const Error& error) {
     if (request) drop_fds(*request);
     replies_.send_error(session, request_id, error);
   };
-  if (session.role == Role::observer) {
-    return refuse({Errc::permission, 0, "an observer registers nothing", {}});
-  }
   if (!request) return refuse(request.error());
   if (request->asleep) return register_asleep(session, request_id, *request);
   auto mapped = map_regions(session, *request);
