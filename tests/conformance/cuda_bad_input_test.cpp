@@ -5,6 +5,9 @@
 // it are refitted, and the daemon is the same process. What no library would say comes from a raw
 // client.
 
+#include <arpa/inet.h>
+#include <netinet/in.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -222,6 +225,52 @@ TEST_P(BadDeviceMemory, FdsThatAreNoDeviceMemoryAreRefused) {
     expect_refused(claim, Errc::bad_region,
                    {"wrong/transformer: region 0", "cuMemImportFromShareableHandle"});
   }
+}
+
+/// A socket whose last close waits for a peer that does not read.
+struct LingeringSocket {
+  LingeringSocket() {
+    const UniqueFd listener = UniqueFd::adopt(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    sockaddr_in address{};
+    address.sin_family = AF_INET;
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    socklen_t length = sizeof address;
+    auto* const name = reinterpret_cast<sockaddr*>(&address);
+    EXPECT_EQ(::bind(listener.get(), name, length), 0);
+    EXPECT_EQ(::listen(listener.get(), 1), 0);
+    EXPECT_EQ(::getsockname(listener.get(), name, &length), 0);
+    near = UniqueFd::adopt(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    EXPECT_EQ(::connect(near.get(), name, length), 0);
+    far = UniqueFd::adopt(::accept4(listener.get(), nullptr, nullptr, SOCK_CLOEXEC));
+    const linger patience{1, 600};
+    EXPECT_EQ(::setsockopt(near.get(), SOL_SOCKET, SO_LINGER, &patience, sizeof patience), 0);
+    const std::vector<char> bytes(1 << 16);
+    while (::send(near.get(), bytes.data(), bytes.size(), MSG_DONTWAIT | MSG_NOSIGNAL) > 0) {
+    }
+  }
+  UniqueFd near;
+  UniqueFd far;
+};
+
+// Goal: an fd whose close takes for ever holds nobody up. Method: more of them than there are
+// threads that make memory ready; an honest module is registered beside them.
+TEST_P(BadDeviceMemory, FdsThatCannotBeClosedHoldNobodyUp) {
+  const Shared mine;
+  std::vector<LingeringSocket> sockets(std::thread::hardware_concurrency() + 1);
+  for (LingeringSocket& socket : sockets) {
+    Claim claim = mine.claim();
+    claim.kind = RegionKind::cuda_vmm;
+    claim.bytes = 1 << 20;
+    claim.pieces.assign(1, {claim.bytes, {}, -1});
+    RawClient client = RawClient::joined(socket_, Role::engine, "wrong");
+    client.send_ticket(1, socket.near.get());
+    socket.near.reset();  // the daemon's is the last one
+    const auto reply = client.call(wire::Opcode::register_module, register_device(claim));
+    ASSERT_TRUE(reply) << "no reply";
+    EXPECT_EQ(reply->code, Errc::bad_region) << reply->message;
+  }
+  Model honest("vae", small_tensors());
+  EXPECT_TRUE(engine_->register_module(honest.spec(), soon()));
 }
 
 TEST_P(BadDeviceMemory, MoreBytesThanTheAllocationHasAreRefused) {
