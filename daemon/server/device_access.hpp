@@ -1,9 +1,11 @@
 // DeviceAccess: the daemon's one Devices, made when memory is first registered.
 //
 // Any thread; the first call takes as long as a driver takes to start, hundreds of milliseconds, so
-// it is not the loop's. What is made stays.
+// it is not the loop's. What is made stays; where nothing could be made the next call tries again,
+// because drivers and devices may come after the daemon.
 #pragma once
 
+#include <atomic>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -19,17 +21,14 @@ class DeviceAccess {
 
   /// For who cannot do without: Errc::unsupported names `label` and says what is missing.
   Result<Devices*> required(const std::string& label) {
-    const Result<std::unique_ptr<Devices>>& devices = made();
-    if (devices) return devices->get();
-    Error error = devices.error();
-    error.message = label + " is device memory: " + error.message;
-    return Unexpected(std::move(error));
+    auto devices = made();
+    if (!devices) devices.error().message = label + " is device memory: " + devices.error().message;
+    return devices;
   }
   /// Null where there are none.
-  Devices* if_there() {
-    const Result<std::unique_ptr<Devices>>& devices = made();
-    return devices ? devices->get() : nullptr;
-  }
+  Devices* if_there() { return made().value_or(nullptr); }
+  /// Those that were made before. Waits for nothing.
+  [[nodiscard]] Devices* known() const noexcept { return known_.load(std::memory_order_acquire); }
 
   /// A device answers nothing any more: this process can do no better. The loop thread.
   std::function<void(const Error&)> lost;
@@ -39,13 +38,19 @@ class DeviceAccess {
   }
 
  private:
-  const Result<std::unique_ptr<Devices>>& made() {
-    std::call_once(once_, [this] { devices_ = Devices::create(options_); });
-    return devices_;
+  Result<Devices*> made() {
+    if (Devices* const devices = known()) return devices;
+    const std::lock_guard lock(mutex_);
+    if (devices_ == nullptr) {
+      REFIT_TRY_ASSIGN(devices_, Devices::create(options_));
+      known_.store(devices_.get(), std::memory_order_release);
+    }
+    return devices_.get();
   }
   const DeviceOptions options_;
-  std::once_flag once_;
-  Result<std::unique_ptr<Devices>> devices_;
+  std::mutex mutex_;
+  std::unique_ptr<Devices> devices_;  ///< guarded by mutex_
+  std::atomic<Devices*> known_{nullptr};
 };
 
 }  // namespace refit::daemon

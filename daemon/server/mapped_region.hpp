@@ -15,7 +15,7 @@ struct MappedRegion {
   RegionKind kind = RegionKind::host;
   Mapping host;                          ///< of host memory only
   std::shared_ptr<PinnedMemory> pinned;  ///< host memory that devices may copy; where there are any
-  std::string why_not_pinned = "this host has no device";
+  std::string why_not_pinned = "no device was there when it was registered; register it again";
   std::shared_ptr<DeviceRange> device;  ///< of device memory, once it is imported
 
   /// Where it begins. Of device memory no CPU may follow it, and it is null until imported.

@@ -48,6 +48,7 @@ class MakeReadyJob final : public BackgroundJob {
  private:
   Result<void> make_ready() {
     const std::string& label = registration_->manifest->label();
+    Devices* const pinning = devices_.if_there();
     for (std::size_t i = 0; i < request_.regions.size(); ++i) {
       MappedRegion& region = registration_->regions[i];
       const std::string name = label + ": region " + std::to_string(i);
@@ -57,7 +58,7 @@ class MakeReadyJob final : public BackgroundJob {
         continue;
       }
       REFIT_TRY(populate(region.host, access_, label));
-      REFIT_TRY(pin(region, name));
+      if (pinning != nullptr) REFIT_TRY(pin(*pinning, region, name));
     }
     if (!request_.event) return {};
     REFIT_TRY_ASSIGN(Devices* const devices, devices_.required(label));
@@ -68,10 +69,8 @@ class MakeReadyJob final : public BackgroundJob {
 
   /// Memory that cannot be pinned is good for everything but devices, so the refit that needs them
   /// says why it fails. Errors: that no device will ever pin anything here.
-  Result<void> pin(MappedRegion& region, const std::string& name) {
-    Devices* const devices = devices_.if_there();
-    if (devices == nullptr) return {};
-    auto pinned = devices->pin(region.host, access_, name);
+  Result<void> pin(Devices& devices, MappedRegion& region, const std::string& name) {
+    auto pinned = devices.pin(region.host, access_, name);
     if (pinned) {
       region.pinned = std::move(*pinned);
     } else {

@@ -22,8 +22,7 @@ Current::~Current() {
 }
 
 Result<std::shared_ptr<VisibleDevices>> VisibleDevices::open() {
-  const Result<Driver>& driver = Driver::get();
-  if (!driver) return Unexpected(driver.error());
+  REFIT_TRY_ASSIGN(const Driver* const driver, Driver::get());
   std::shared_ptr<VisibleDevices> devices(new VisibleDevices(*driver));
   REFIT_TRY(devices->read());
   return devices;
@@ -48,20 +47,29 @@ Result<void> VisibleDevices::read() {
     REFIT_TRY_CUDA(driver_, device_total_mem(&bytes, device.ordinal),
                    label + ": its memory (cuDeviceTotalMem)");
     device.memory_bytes = bytes;
-    // A driver that does not know an attribute does not have what it stands for.
-    const auto attribute = [&](CUdevice_attribute which) {
+    const auto ask = [&](CUdevice_attribute which) -> Result<int> {
       int value = 0;
       const CUresult code = driver_.device_get_attribute(&value, which, device.ordinal);
-      return code == CUDA_SUCCESS ? value : 0;
+      // A driver that does not know an attribute does not have what it stands for.
+      if (code == CUDA_ERROR_INVALID_VALUE) return 0;
+      if (code == CUDA_SUCCESS) return value;
+      return fail_cuda(
+          driver_, label + ": its attribute " + std::to_string(which) + " (cuDeviceGetAttribute)",
+          code);
     };
-    device.compute_mode = static_cast<CUcomputemode>(attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_MODE));
-    device.vmm = attribute(CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED) != 0;
-    device.posix_fd_handles =
-        attribute(CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED) != 0;
-    device.ipc_events = attribute(CU_DEVICE_ATTRIBUTE_IPC_EVENT_SUPPORTED) != 0;
-    device.unified_addressing = attribute(CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING) != 0;
-    device.read_only_host_register =
-        attribute(CU_DEVICE_ATTRIBUTE_READ_ONLY_HOST_REGISTER_SUPPORTED) != 0;
+    REFIT_TRY_ASSIGN(const int mode, ask(CU_DEVICE_ATTRIBUTE_COMPUTE_MODE));
+    device.compute_mode = static_cast<CUcomputemode>(mode);
+    for (const auto& [which, has] :
+         {std::pair{CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED, &device.vmm},
+          std::pair{CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED,
+                    &device.posix_fd_handles},
+          std::pair{CU_DEVICE_ATTRIBUTE_IPC_EVENT_SUPPORTED, &device.ipc_events},
+          std::pair{CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING, &device.unified_addressing},
+          std::pair{CU_DEVICE_ATTRIBUTE_READ_ONLY_HOST_REGISTER_SUPPORTED,
+                    &device.read_only_host_register}}) {
+      REFIT_TRY_ASSIGN(const int value, ask(which));
+      *has = value != 0;
+    }
     devices_.push_back(std::move(device));
   }
   for (Device& device : devices_) {

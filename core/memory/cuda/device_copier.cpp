@@ -65,9 +65,9 @@ DeviceCopyOp merged(DeviceCopyOp op) noexcept {
 Error DeviceCopyOutcome::error() const {
   std::string what = "copying device memory (" + std::string(call) + ")";
   if (sticky) what += "; no more device copies until the daemon is started anew";
-  const auto& driver = Driver::get();
+  const auto driver = Driver::get();
   if (!driver) return driver.error();
-  return fail_cuda(*driver, what, code).value();
+  return fail_cuda(**driver, what, code).value();
 }
 
 // ---- the job

@@ -2,6 +2,8 @@
 
 #include <dlfcn.h>
 
+#include <mutex>
+
 namespace refit::cuda {
 namespace {
 
@@ -128,17 +130,38 @@ Result<Driver> Driver::load(DriverState& state) {
   return driver;
 }
 
-struct Driver::Loaded {
+struct Driver::Search {
+  std::mutex mutex;
+  bool ended = false;  ///< it would find the same again
   DriverState state = DriverState::failed;
-  Result<Driver> driver = load(state);
+  Result<Driver> found;  ///< stays where it is once there is one
+
+  void look() {
+    if (ended) return;
+    found = load(state);
+    ended =
+        state == DriverState::ready || state == DriverState::stub || state == DriverState::too_old;
+  }
 };
 
-const Driver::Loaded& Driver::loaded() {
-  static const Loaded once;
+Driver::Search& Driver::search() {
+  static Search once;
   return once;
 }
 
-const Result<Driver>& Driver::get() { return loaded().driver; }
-DriverState Driver::state() { return loaded().state; }
+Result<const Driver*> Driver::get() {
+  Search& search = Driver::search();
+  const std::lock_guard lock(search.mutex);
+  search.look();
+  if (!search.found) return Unexpected(search.found.error());
+  return &*search.found;
+}
+
+DriverState Driver::state() {
+  Search& search = Driver::search();
+  const std::lock_guard lock(search.mutex);
+  search.look();
+  return search.state;
+}
 
 }  // namespace refit::cuda

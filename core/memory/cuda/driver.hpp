@@ -2,8 +2,9 @@
 // the version whose ABI this was compiled against. No libcudart; without a driver the same binary
 // runs and says what is missing.
 //
-// Loaded once per process, on first use, by any thread; afterwards read only. A process that forks
-// after that must exec. Facts of the API: cuda.h and cudaTypedefs.h of CUDA 13.0.
+// Loaded once per process, on first use, by any thread; afterwards read only. A host that has none
+// yet is looked at again. A process that forks after it was loaded must exec. Facts of the API:
+// cuda.h and cudaTypedefs.h of CUDA 13.0.
 #pragma once
 
 #include <cuda.h>
@@ -79,10 +80,12 @@ enum class DriverState {
 
 class Driver {
  public:
-  /// The loaded driver, the same for every caller. Errors: Errc::unsupported without library,
-  /// device or a recent enough driver, Errc::cuda where a call failed; the message says what to do.
-  [[nodiscard]] static const Result<Driver>& get();
-  /// What get() found, without an error's words. Loads the driver.
+  /// The loaded driver, the same for every caller. After an error that may pass (no library, no
+  /// device, a call that failed) the next call looks again. Errors: Errc::unsupported without
+  /// library, device or a recent enough driver, Errc::cuda where a call failed; the message says
+  /// what to do.
+  [[nodiscard]] static Result<const Driver*> get();
+  /// What get() finds, without an error's words. Loads the driver.
   [[nodiscard]] static DriverState state();
 
   /// As cuDriverGetVersion: 13000 is CUDA 13.0.
@@ -94,8 +97,8 @@ class Driver {
 #undef REFIT_X
 
  private:
-  struct Loaded;
-  static const Loaded& loaded();
+  struct Search;
+  static Search& search();
   static Result<Driver> load(DriverState& state);
   int version_ = 0;
 };

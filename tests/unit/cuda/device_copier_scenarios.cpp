@@ -660,7 +660,7 @@ constexpr Scenario kScenarios[] = {
 }  // namespace
 
 int run_scenario(std::string_view name) {
-  const auto& driver = Driver::get();
+  const auto driver = Driver::get();
   must(driver.has_value(), driver ? "" : driver.error().to_string());
   for (const Scenario& scenario : kScenarios) {
     if (scenario.name != name) continue;

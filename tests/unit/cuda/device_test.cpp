@@ -33,6 +33,19 @@ TEST_F(DevicesTest, AreFoundByTheUuidThatTheDriverTells) {
   EXPECT_EQ(devices_->find(2), nullptr);
 }
 
+// A device that cannot be asked is not one that lacks what it was asked for.
+TEST_F(DevicesTest, AnAttributeThatCannotBeReadIsAnError) {
+  for (int call = 1; call <= 12; ++call) {
+    faults("cuDeviceGetAttribute#" + std::to_string(call) + "=999");
+    EXPECT_TRUE(refuses(VisibleDevices::open(), Errc::cuda, "cuDeviceGetAttribute")) << call;
+  }
+  // As a driver answers that is older than the attribute.
+  faults("cuDeviceGetAttribute#4=1");
+  const auto old = VisibleDevices::open();
+  ASSERT_TRUE(old) << old.error().to_string();
+  EXPECT_FALSE((*old)->all().front().ipc_events);
+}
+
 TEST_F(DevicesTest, AContextIsRetainedOnceAndOnlyWhenItIsAskedFor) {
   EXPECT_EQ(held("contexts"), 0U);
   const std::uint64_t before = calls("cuDevicePrimaryCtxRetain");

@@ -1,5 +1,5 @@
 // What the driver table says of a host, from none to a whole driver: each in a process of its own,
-// because a process looks for its driver once.
+// because a process has one driver.
 
 #include "memory/cuda/driver.hpp"
 
@@ -25,7 +25,8 @@ struct Seen {
 };
 
 /// Lets another process look, with `library` as the first libcuda.so.1 in its way.
-Seen look(const fs::path& library, Environment environment = {}) {
+Seen look(const fs::path& library, Environment environment = {},
+          const std::string& word = "state") {
   const fs::path folder = fakecuda::test::directory() + "-library";
   fs::create_directory(folder);
   fs::remove(folder / "libcuda.so.1");
@@ -33,7 +34,7 @@ Seen look(const fs::path& library, Environment environment = {}) {
   environment["LD_LIBRARY_PATH"] = folder;
   int ends[2] = {-1, -1};
   if (::pipe2(ends, O_CLOEXEC) != 0) std::abort();
-  const pid_t pid = start_program({"state"}, environment, ends[1]);
+  const pid_t pid = start_program({word}, environment, ends[1]);
   ::close(ends[1]);
   char text[1024] = {};
   std::size_t length = 0;
@@ -69,6 +70,15 @@ TEST(DriverState, NoLibraryIsUnsupported) {
   EXPECT_EQ(seen.state, DriverState::no_library);
   EXPECT_EQ(seen.code, Errc::unsupported);
   EXPECT_TRUE(says(seen, "no CUDA driver on this host")) << seen.message;
+}
+
+// Drivers are loaded and devices appear after a daemon has started.
+TEST(DriverState, WhatMayPassIsLookedAtAgain) {
+  const Environment once{{"FAKECUDA_FAULT", "cuInit#1=100"}};
+  const Seen first = look(FAKE_CUDA_PATH, once);
+  EXPECT_EQ(first.state, DriverState::no_device);
+  EXPECT_EQ(first.code, Errc::ok) << "asked once more: " << first.message;
+  EXPECT_EQ(look(FAKE_CUDA_PATH, once, "state again").state, DriverState::ready);
 }
 
 TEST(DriverState, TheToolkitsStubIsToldFromADriver) {
