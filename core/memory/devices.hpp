@@ -70,6 +70,8 @@ struct DeviceOutcome {
   const char* call = "";  ///< the driver's function
   /// No later job will do better: only another process can.
   bool sticky = false;
+  /// It failed before any of its copies was asked for: every target is as it was.
+  bool untouched = false;
 };
 
 /// Copies that are prepared once and run many times; see CopyJob for what holds of it.

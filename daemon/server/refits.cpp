@@ -79,6 +79,7 @@ class Refits::Refit final : public Operation, public Completion {
   // Shared with pool threads.
   std::atomic<std::size_t> jobs_left{0};
   std::atomic<bool> faulted{false};
+  std::atomic<bool> touched{false};  ///< a byte of a target may have been written
 
   /// Keeps the first failure, or the first that only another process mends.
   void note(const DeviceOutcome& outcome) noexcept {
@@ -155,6 +156,7 @@ void Refits::begin(Session& trainer, std::uint64_t request_id, const wire::Refit
   refit.transaction.reset(from_wire(message.transaction()));
   refit.jobs_left.store(0);
   refit.faulted.store(false);
+  refit.touched.store(false);
 
   auto resolved = resolve(refit, trainer, message);
   if (!resolved) {
@@ -454,6 +456,7 @@ void Refits::write(Refit& refit) {
 #ifdef REFIT_TEST_POINTS
   // Half of the bytes first, so that a death at this point leaves a real mix.
   for (const Target& target : refit.targets) {
+    refit.touched.store(refit.touched.load() || !target.plan->ops.empty());
     [[maybe_unused]] const CopyOutcome half =
         copy_inline(target.plan->ops.data(), (target.plan->ops.size() + 1) / 2);
   }
@@ -462,6 +465,7 @@ void Refits::write(Refit& refit) {
   const bool on_host = std::none_of(refit.targets.begin(), refit.targets.end(),
                                     [](const Target& one) { return one.plan->touches_devices; });
   if (on_host && refit.moved_bytes_max <= kInlineCopyBytesMax) {
+    refit.touched.store(true);
     for (const Target& target : refit.targets) {
       BoundPlan& plan = *target.plan;
       const auto copy = [&](const CopyOp* ops, std::size_t count) {
@@ -477,6 +481,7 @@ void Refits::write(Refit& refit) {
   // One more than there are, so that the last of them cannot end before all are submitted.
   refit.jobs_left.store(1);
   const auto submit = [&](CopyJob& job) {
+    refit.touched.store(true);
     refit.jobs_left.fetch_add(1);
     job.on_done(
         [](void* context, CopyOutcome outcome) {
@@ -494,6 +499,8 @@ void Refits::write(Refit& refit) {
         plan.source->event.get(), plan.target->event.get(),
         [](void* context, DeviceOutcome outcome) {
           auto& self = *static_cast<Refit*>(context);
+          test_point("device_copy.ended");
+          if (!outcome.untouched) self.touched.store(true);
           if (outcome.code != 0) self.note(outcome);
           self.owner.job_done(self);
         },
@@ -535,7 +542,12 @@ void Refits::copied(Refit& refit) {
 
 /// Some bytes are there and some are not.
 void Refits::broken(Refit& refit, const DeviceOutcome& device) {
-  refit.transaction.poison();
+  const bool touched = refit.touched.load();
+  if (touched) {
+    refit.transaction.poison();
+  } else {
+    refit.transaction.undo();
+  }
   refit.transaction.release();
   wake_engines(refit);
   Error error{Errc::memory_fault, 0, refit.targets.front().plan->target->manifest->label(), {}};
@@ -547,7 +559,8 @@ void Refits::broken(Refit& refit, const DeviceOutcome& device) {
   } else {
     error.message += ": client memory faulted (SIGBUS) while it was copied";
   }
-  error.message += "; the target is poisoned until a refit commits";
+  error.message +=
+      touched ? "; the target is poisoned until a refit commits" : "; nothing was changed";
   LogFields fields = fields_of(*refit.engines.front());
   fields.module = refit.targets.front().module->name;
   fields.transaction = refit.transaction.id().to_string();

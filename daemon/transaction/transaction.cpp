@@ -71,8 +71,12 @@ bool Transaction::begin_writing() {
   // Store, then load: an engine that withdraws stores its answer and then loads these words, so at
   // least one of the two sees the other. Pairs with Gate::withdraw.
   if (test_point("transaction.second_look") || readiness() == Readiness::all_ready) return true;
-  for (ModuleWrite& module : modules_) module.block->word.store(module.word_before);
+  undo();
   return false;
+}
+
+void Transaction::undo() {
+  for (ModuleWrite& module : modules_) module.block->word.store(module.word_before);
 }
 
 void Transaction::commit() {

@@ -45,7 +45,7 @@ class Transaction {
 
   /// Stores `writing` in every word, then looks at the engines once more. False if one of them
   /// withdrew: every word is back at what it was, and no byte may be written. True: from now on
-  /// only commit() or poison() follow.
+  /// only commit(), poison() or undo() follow.
   [[nodiscard]] bool begin_writing();
 
   /// After the last byte: stores `committed` in every word. Each store is that module's commit
@@ -53,8 +53,10 @@ class Transaction {
   void commit();
   /// The bytes may be a mix: says so in every word.
   void poison();
-  /// Opens the gates. After commit or poison, or instead of begin_writing to call the whole thing
-  /// off.
+  /// Not one byte was written: every word is back at what it was.
+  void undo();
+  /// Opens the gates. After commit, poison or undo, or instead of begin_writing to call the whole
+  /// thing off.
   void release();
 
   [[nodiscard]] const TransactionId& id() const noexcept { return id_; }

@@ -26,7 +26,7 @@ std::int64_t now_ns() noexcept {
 }
 
 DeviceCopyOutcome failed(CUresult code, const char* call) noexcept {
-  return {code, call, is_sticky(code)};
+  return {code, call, is_sticky(code), false};
 }
 
 DeviceCopyOutcome not_entered(const Error& error) noexcept {
@@ -343,14 +343,16 @@ void DeviceCopier::serve() noexcept {
 void DeviceCopier::launch(DeviceCopyJob& job) noexcept {
   job.outcome_ = broken_;
   job.launched_ = 0;
+  job.asked_ = false;
   for (DeviceCopyJob::Batch& batch : job.batches_) {
-    if (!job.outcome_.ok()) return;
+    if (!job.outcome_.ok()) break;
     ++job.launched_;
-    job.outcome_ = launch(batch, job.fences_);
+    job.outcome_ = launch(job, batch);
   }
+  job.outcome_.untouched = !job.outcome_.ok() && !job.asked_;
 }
 
-DeviceCopyOutcome DeviceCopier::launch(DeviceCopyJob::Batch& batch, const Fences& fences) noexcept {
+DeviceCopyOutcome DeviceCopier::launch(DeviceCopyJob& job, DeviceCopyJob::Batch& batch) noexcept {
   const auto current = Current::enter(*batch.context);
   if (!current) return not_entered(current.error());
   const auto wait_for = [&](const auto& events, const char* name) {
@@ -361,9 +363,11 @@ DeviceCopyOutcome DeviceCopier::launch(DeviceCopyJob::Batch& batch, const Fences
     }
     return code;
   };
-  CUresult code = wait_for(fences.source, "fence.source");
-  if (code == CUDA_SUCCESS) code = wait_for(fences.engine, "fence.engine");
+  CUresult code = wait_for(job.fences_.source, "fence.source");
+  if (code == CUDA_SUCCESS) code = wait_for(job.fences_.engine, "fence.engine");
   if (code != CUDA_SUCCESS) return failed(code, "cuStreamWaitEvent");
+  // A copy that is reported as failed may have been made.
+  job.asked_ = true;
   if (const DeviceCopyOutcome copied = copy(batch); !copied.ok()) return copied;
   code = driver_.event_record(batch.end, batch.stream);
   return code == CUDA_SUCCESS ? DeviceCopyOutcome{} : failed(code, "cuEventRecord");

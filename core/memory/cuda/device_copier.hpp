@@ -66,6 +66,8 @@ struct DeviceCopyOutcome {
   /// process can help: the context is dead, or the driver does not say whether the copies have
   /// ended, so that the targets may still change.
   bool sticky = false;
+  /// It failed before the driver was asked for any of the job's copies: every target is as it was.
+  bool untouched = false;
 
   [[nodiscard]] bool ok() const noexcept { return code == CUDA_SUCCESS; }
   /// In words; Errc::cuda. Allocates. Not for an outcome that is ok.
@@ -151,6 +153,7 @@ class DeviceCopyJob {
   // The worker's.
   DeviceCopyOutcome outcome_;
   std::size_t launched_ = 0;  // batches that the driver was asked for, the one that failed included
+  bool asked_ = false;        // for a copy
 };
 
 class DeviceCopier {
@@ -206,8 +209,7 @@ class DeviceCopier {
   // The worker alone.
   void serve() noexcept;
   void launch(DeviceCopyJob& job) noexcept;
-  [[nodiscard]] DeviceCopyOutcome launch(DeviceCopyJob::Batch& batch,
-                                         const Fences& fences) noexcept;
+  [[nodiscard]] DeviceCopyOutcome launch(DeviceCopyJob& job, DeviceCopyJob::Batch& batch) noexcept;
   [[nodiscard]] DeviceCopyOutcome copy(DeviceCopyJob::Batch& batch) noexcept;
   void finish(DeviceCopyJob& job) noexcept;
 

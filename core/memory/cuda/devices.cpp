@@ -88,7 +88,8 @@ class Job final : public DeviceJob {
     job_.on_done(
         [](void* self, DeviceCopyOutcome outcome) {
           const auto& job = *static_cast<Job*>(self);
-          job.done_(job.context_, {static_cast<int>(outcome.code), outcome.call, outcome.sticky});
+          job.done_(job.context_, {static_cast<int>(outcome.code), outcome.call, outcome.sticky,
+                                   outcome.untouched});
         },
         this);
     copier_.submit(job_);

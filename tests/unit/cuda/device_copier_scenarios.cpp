@@ -618,6 +618,10 @@ void failure() {
     // Where it is not sticky nothing may still run.
     EXPECT_TRUE(outcome.sticky || rig.fake.calls("cuStreamSynchronize") > 0);
     rig.fake.set_faults("");
+    std::printf("%s\n", outcome.untouched ? "untouched" : "touched");
+    if (outcome.untouched && !outcome.sticky) {
+      for (const Memory* memory : targets) EXPECT_EQ(memory->get(), Buffer(kBytes));
+    }
   }
   if (outcome.sticky) {
     const std::uint64_t calls = rig.fake.calls(nullptr);

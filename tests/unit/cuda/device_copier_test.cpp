@@ -188,6 +188,11 @@ TEST_F(Failures, InRunningNameTheCallAndLeaveTheCopierUsable) {
         const End end = fail("run", function, k, kPlain, kind);
         EXPECT_TRUE(end.says(std::string("failed: ") + function + " 2 \n")) << end.output;
         EXPECT_TRUE(end.says("again: ok")) << end.output;
+        // Two waits of the first stream, and the first copy.
+        const bool before_any_copy =
+            (std::string_view(function) == "cuStreamWaitEvent" && k <= 2) ||
+            (std::string_view(function) == "cuCtxPushCurrent" && k == 1);
+        EXPECT_EQ(end.says("untouched"), before_any_copy) << function << ' ' << k << end.output;
       }
     }
   }

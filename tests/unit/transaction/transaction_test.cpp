@@ -85,6 +85,21 @@ TEST_F(TransactionTest, IsReadyOnceEveryEngineIs) {
   EXPECT_EQ(sut_.readiness(), Readiness::all_ready);
 }
 
+TEST_F(TransactionTest, UndonePutsEveryWordBackWithItsRecord) {
+  sut_.prepare(0);
+  first_.reply(AnswerState::ready);
+  second_.reply(AnswerState::ready);
+  const std::uint64_t before = first_.modules[0].word.load();
+  ASSERT_TRUE(sut_.begin_writing());
+  expect_states(ModuleState::writing);
+  sut_.undo();
+  sut_.release();
+  expect_states(ModuleState::initial);
+  EXPECT_EQ(first_.modules[0].word.load(), before);
+  EXPECT_EQ(first_.module(0).version, 0U);
+  EXPECT_EQ(first_.asked().state, GateState::released);
+}
+
 TEST_F(TransactionTest, OneEngineThatStepsBackEndsTheWaiting) {
   sut_.prepare(0);
   second_.reply(AnswerState::withdrawn);
