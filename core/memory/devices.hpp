@@ -117,6 +117,8 @@ class Devices {
   /// as the call of `take`. Any thread.
   virtual Result<void> read(const DeviceRange& range, std::uint64_t begin, std::uint64_t bytes,
                             const std::function<void(std::span<const std::byte>)>& take) = 0;
+  /// How far the thread is that asks the devices for copies, for whoever watches that it gets on.
+  /// Waiting for a device is not hanging.
   [[nodiscard]] virtual WorkerReading read_worker() noexcept = 0;
 };
 

@@ -224,7 +224,7 @@ Result<void> Server::set_up(ConfigurationSource source) {
       this);
   if (code < 0) return fail_os("watching SIGHUP", -code);
   signal_sources_.emplace_back(added);
-  REFIT_TRY_ASSIGN(watchdog_, Watchdog::create(event, *copy_pool_, *background_));
+  REFIT_TRY_ASSIGN(watchdog_, Watchdog::create(event, *copy_pool_, *background_, devices_));
   return {};
 }
 

@@ -21,19 +21,25 @@ int WorkerHealth::look(const std::vector<WorkerReading>& readings, Clock::time_p
 }
 
 Watchdog::Watchdog(std::chrono::microseconds period, CopyPool& copy_pool,
-                   BackgroundPool& background)
-    : period_(period), copy_pool_(copy_pool), background_(background), health_(period) {
-  readings_.resize(copy_pool.thread_count() + background.thread_count());
+                   BackgroundPool& background, const DeviceAccess& devices)
+    : period_(period),
+      copy_pool_(copy_pool),
+      background_(background),
+      devices_(devices),
+      health_(period) {
+  // And one that copies on devices, once there are any.
+  readings_.resize(copy_pool.thread_count() + background.thread_count() + 1);
 }
 
 Result<std::unique_ptr<Watchdog>> Watchdog::create(sd_event* event, CopyPool& copy_pool,
-                                                   BackgroundPool& background) {
+                                                   BackgroundPool& background,
+                                                   const DeviceAccess& devices) {
   std::uint64_t period_us = 0;
   const int asked = ::sd_watchdog_enabled(0, &period_us);
   if (asked < 0) return fail_os("reading WATCHDOG_USEC", -asked);
   if (asked == 0) return std::unique_ptr<Watchdog>();
   std::unique_ptr<Watchdog> watchdog(
-      new Watchdog(std::chrono::microseconds(period_us), copy_pool, background));
+      new Watchdog(std::chrono::microseconds(period_us), copy_pool, background, devices));
   sd_event_source* source = nullptr;
   const int code = sd_event_add_time(
       event, &source, CLOCK_MONOTONIC, 0, /*accuracy=*/1000,
@@ -55,6 +61,7 @@ void Watchdog::after_turn() {
     readings_[worker++] = copy_pool_.read_worker(i);
   for (unsigned i = 0; i < background_.thread_count(); ++i)
     readings_[worker++] = background_.read_worker(i);
+  if (Devices* const devices = devices_.known()) readings_[worker] = devices->read_worker();
   const int hanging = health_.look(readings_, WorkerHealth::Clock::now());
   if (hanging < 0) {
     hangs_ = false;
@@ -77,6 +84,7 @@ void Watchdog::arm() {
 std::string Watchdog::worker_name(int index) const {
   const unsigned copies = copy_pool_.thread_count();
   const auto worker = static_cast<unsigned>(index);
+  if (worker == copies + background_.thread_count()) return "the device copy thread";
   return worker < copies ? "copy thread " + std::to_string(worker)
                          : "background thread " + std::to_string(worker - copies);
 }

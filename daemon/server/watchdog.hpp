@@ -11,6 +11,7 @@
 
 #include "memory/copy_pool.hpp"
 #include "server/background_pool.hpp"
+#include "server/device_access.hpp"
 #include "server/session.hpp"
 
 namespace refit::daemon {
@@ -38,19 +39,22 @@ class Watchdog {
  public:
   /// Null where nobody asked for pings ($WATCHDOG_USEC).
   static Result<std::unique_ptr<Watchdog>> create(sd_event* event, CopyPool& copy_pool,
-                                                  BackgroundPool& background);
+                                                  BackgroundPool& background,
+                                                  const DeviceAccess& devices);
 
   /// After a full turn of the loop: pings if it is time.
   void after_turn();
 
  private:
-  Watchdog(std::chrono::microseconds period, CopyPool& copy_pool, BackgroundPool& background);
+  Watchdog(std::chrono::microseconds period, CopyPool& copy_pool, BackgroundPool& background,
+           const DeviceAccess& devices);
   void arm();
   [[nodiscard]] std::string worker_name(int index) const;
 
   std::chrono::microseconds period_;
   CopyPool& copy_pool_;
   BackgroundPool& background_;
+  const DeviceAccess& devices_;
   WorkerHealth health_;
   std::vector<WorkerReading> readings_;
   EventSource timer_;

@@ -1,17 +1,11 @@
 // What the daemon tells systemd about its health: it pings from its loop, and only while its
 // workers get on. Method: the test is systemd, with a notification socket of its own.
 
-#include <sys/socket.h>
-#include <sys/un.h>
-#include <unistd.h>
-
-#include <atomic>
 #include <cstdlib>
-#include <cstring>
-#include <string_view>
 #include <thread>
 
 #include "support/daemon_test.hpp"
+#include "support/notify_socket.hpp"
 
 namespace refit::test {
 namespace {
@@ -24,51 +18,21 @@ class Watchdog : public DaemonTest {
  protected:
   void SetUp() override {
     const std::string path = directory_.path() + "/notify";
-    sockaddr_un address{};
-    address.sun_family = AF_UNIX;
-    std::memcpy(address.sun_path, path.c_str(), path.size() + 1);
-    socket_fd_ = ::socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-    ASSERT_EQ(::bind(socket_fd_, reinterpret_cast<const sockaddr*>(&address), sizeof address), 0);
+    systemd_.emplace(path);
     ::setenv("NOTIFY_SOCKET", path.c_str(), 1);
     ::setenv("WATCHDOG_USEC", std::to_string(std::chrono::microseconds(kPeriod).count()).c_str(),
              1);
-    reader_ = std::thread([this] { read_messages(); });
   }
   void TearDown() override {
     ::unsetenv("NOTIFY_SOCKET");
     ::unsetenv("WATCHDOG_USEC");
     daemon_.reset();
-    ::shutdown(socket_fd_, SHUT_RDWR);
-    if (reader_.joinable()) reader_.join();
-    ::close(socket_fd_);
+    systemd_.reset();
   }
 
-  /// On a thread of its own: a socket that nobody reads is full after ten messages, and then blocks
-  /// the daemon.
-  void read_messages() {
-    char text[1024];
-    for (;;) {
-      const ssize_t bytes = ::recv(socket_fd_, text, sizeof text, 0);
-      if (bytes <= 0) return;
-      if (std::string_view(text, static_cast<std::size_t>(bytes)) == "WATCHDOG=1") ++pings_;
-    }
-  }
-  void expect_pings(int count) {
-    const int before = pings_.load();
-    EXPECT_TRUE(eventually([&] { return pings_.load() >= before + count; })) << "no more pings";
-  }
-  /// True once no ping came for several periods.
-  bool pings_stop() {
-    return eventually([&] {
-      const int before = pings_.load();
-      std::this_thread::sleep_for(5 * kPeriod);
-      return pings_.load() == before;
-    });
-  }
+  void expect_pings(int count) { EXPECT_TRUE(systemd_->pings(count)) << "no more pings"; }
 
-  int socket_fd_ = -1;
-  std::atomic<int> pings_{0};
-  std::thread reader_;
+  std::optional<NotifySocket> systemd_;
 };
 
 TEST_F(Watchdog, IdleDaemonGoesOnPinging) {
@@ -99,7 +63,7 @@ TEST_F(Watchdog, HangingCopyThreadStopsThePings) {
   expect_pings(2);
   BackgroundRefit refit(trainer, {{"flux", "transformer"}}, soon());
   BackgroundGate gate(engine, soon());
-  EXPECT_TRUE(pings_stop());
+  EXPECT_TRUE(systemd_->pings_stop(kPeriod));
   EXPECT_TRUE(other.ping(soon())) << "the loop hangs too: this test proved less than it says";
   daemon_->kill_now();
   EXPECT_EQ(code_of(refit.outcome()), Errc::daemon_gone);
