@@ -53,6 +53,9 @@ class PinnedMemory {
 class DeviceEvent {
  public:
   virtual ~DeviceEvent() = default;
+  /// Whether all that was recorded before the call is done. Asks the driver and does not wait; any
+  /// thread. Errors: Errc::cuda.
+  [[nodiscard]] virtual Result<bool> passed() const = 0;
 };
 
 inline constexpr int kHostMemory = -1;

@@ -24,6 +24,10 @@ constexpr std::chrono::microseconds kQuickAnswer{400};
 
 constexpr std::uint64_t kDeadlineUsMax = 3'600'000'000;
 
+/// Nobody tells this process that another one's device work is done: it asks, at first often.
+constexpr std::chrono::microseconds kFirstPause{20};
+constexpr std::chrono::microseconds kLongestPause{1000};
+
 float us_between(Clock::time_point from, Clock::time_point to) {
   return std::chrono::duration<float, std::micro>(to - from).count();
 }
@@ -75,6 +79,11 @@ class Refits::Refit final : public Operation, public Completion {
   std::uint64_t moved_bytes_max = 0;  ///< with every layer resident
   std::uint64_t device_bytes = 0;     ///< of the layers that are, once the engine holds still
   std::uint32_t tensors = 0;
+  bool engines_ready = false;              ///< all of them, at some time
+  const Registration* works_on = nullptr;  ///< whose device work is not done, if any was seen
+  Clock::time_point look_again{Clock::time_point::max()};
+  std::chrono::microseconds pause{kFirstPause};  ///< before the look after the next one
+  std::vector<DeviceJob*> device_jobs;           ///< of write() alone, which keeps its memory
 
   // Shared with pool threads.
   std::atomic<std::size_t> jobs_left{0};
@@ -154,6 +163,10 @@ void Refits::begin(Session& trainer, std::uint64_t request_id, const wire::Refit
   refit.deadline =
       arrived + std::chrono::microseconds(std::min(message.deadline_us(), kDeadlineUsMax));
   refit.transaction.reset(from_wire(message.transaction()));
+  refit.engines_ready = false;
+  refit.works_on = nullptr;
+  refit.look_again = Clock::time_point::max();
+  refit.pause = kFirstPause;
   refit.jobs_left.store(0);
   refit.faulted.store(false);
   refit.touched.store(false);
@@ -394,12 +407,23 @@ void Refits::on_readiness(Refit& refit) {
       break;
     case Transaction::Readiness::all_ready:
       refit.gated = Clock::now();
-      for (const auto& engine : refit.engines) {
-        engine->last_gate_us = us_between(refit.started, refit.gated);
+      if (!std::exchange(refit.engines_ready, true)) {
+        for (const auto& engine : refit.engines) {
+          engine->last_gate_us = us_between(refit.started, refit.gated);
+        }
       }
       // Nobody waits for a refit whose time is over: its trainer may be changing the source
       // already.
       if (refit.gated >= refit.deadline || abandoned(refit)) return fail_late(refit);
+      if (const auto done = work_is_done(refit); !done) {
+        const Error error = done.error();
+        fail_refit(refit, error);
+        return devices_.judge(error);
+      } else if (!*done) {
+        refit.look_again = refit.gated + refit.pause;
+        refit.pause = std::min(2 * refit.pause, kLongestPause);
+        return;
+      }
       if (auto settled = settle(refit); !settled) return fail_refit(refit, settled.error());
       if (refit.transaction.begin_writing()) return write(refit);
   }
@@ -411,6 +435,28 @@ void Refits::on_readiness(Refit& refit) {
                      0,
                      "engine " + who + " stepped back from its gate; nothing was changed",
                      {}});
+}
+
+/// Whether the device work is done that the refit comes after: the trainer's on the source, the
+/// engines' on the targets. There is no taking back a copy that waits for it on a stream, so an
+/// event of a process that hangs would hold engines in `writing` for ever: it is asked for before.
+/// Asking takes the driver a microsecond or two; it waits for nothing.
+Result<bool> Refits::work_is_done(Refit& refit) const {
+  for (const Target& target : refit.targets) {
+    if (!target.plan->touches_devices) continue;
+    const auto done = [&](const Registration& side, const char* fence) -> Result<bool> {
+      if (side.event == nullptr || test_point(fence)) return true;
+      REFIT_TRY_ASSIGN(const bool passed, side.event->passed());
+      if (!passed) refit.works_on = &side;
+      return passed;
+    };
+    REFIT_TRY_ASSIGN(const bool source, done(*target.plan->source, "fence.source"));
+    if (!source) return false;
+    REFIT_TRY_ASSIGN(const bool engine, done(*target.plan->target, "fence.engine"));
+    if (!engine) return false;
+  }
+  refit.works_on = nullptr;
+  return true;
 }
 
 /// The client gave this request up. It says so before its call returns, so a source byte that it
@@ -433,6 +479,9 @@ void Refits::fail_late(Refit& refit) {
     what = "engine " + who + " was busy with another refit, a check or populating pages";
   } else if (!who.empty()) {
     what = "engine " + who + " did not reach its gate in time";
+  } else if (refit.works_on != nullptr) {
+    what = "the device work that the fence of " + refit.works_on->manifest->label() +
+           " stands for was not done in time: its process hangs, or needs a longer deadline";
   }
   fail_refit(refit, {Errc::engine_not_ready, 0, what + "; nothing was changed", {}});
 }
@@ -452,6 +501,7 @@ Result<void> Refits::settle(Refit& refit) {
 
 void Refits::write(Refit& refit) {
   refit.phase = Phase::writing;
+  refit.look_again = Clock::time_point::max();
   test_point("writing.begun");
 #ifdef REFIT_TEST_POINTS
   // Half of the bytes first, so that a death at this point leaves a real mix.
@@ -727,12 +777,18 @@ bool Refits::on_engine_sleep(Session& engine) {
 Clock::time_point Refits::next_deadline() const {
   auto next = Clock::time_point::max();
   for (const auto& refit : active_) {
-    if (refit->phase != Phase::writing) next = std::min(next, refit->deadline);
+    if (refit->phase == Phase::writing) continue;
+    next = std::min({next, refit->deadline, refit->look_again});
   }
   return next;
 }
 
 Clock::time_point Refits::on_time(Clock::time_point now) {
+  for (std::size_t i = 0; i < active_.size(); ++i) {
+    if (now < active_[i]->look_again) continue;
+    active_[i]->look_again = Clock::time_point::max();
+    on_readiness(*active_[i]);
+  }
   while (Refit* late = find_waiting([now](const Refit& one) { return now >= one.deadline; })) {
     fail_late(*late);
   }

@@ -40,9 +40,10 @@ class Refits {
   bool on_registration_end(Session& session, Module& module);
   /// An engine gives its memory up: what waits for it is refused. False if a refit is writing it.
   bool on_engine_sleep(Session& engine);
-  /// Fails what has waited too long; returns when to be called again (max: nothing waits).
+  /// Fails what has waited too long, and looks again at what is waited for without being told;
+  /// returns when to be called again (max: nothing waits).
   Clock::time_point on_time(Clock::time_point now);
-  /// The earliest deadline of a waiting refit.
+  /// When a waiting refit has to be looked at next.
   [[nodiscard]] Clock::time_point next_deadline() const;
 
   [[nodiscard]] bool idle() const noexcept { return active_.empty(); }
@@ -86,6 +87,7 @@ class Refits {
   void reply(Refit& refit);
   void fail_refit(Refit& refit, const Error& error);
   void release_engines(Refit& refit);
+  [[nodiscard]] Result<bool> work_is_done(Refit& refit) const;
   void broken(Refit& refit, const DeviceOutcome& device);
   void wake_engines(Refit& refit);
   template <typename Predicate>

@@ -341,6 +341,37 @@ TEST_P(BadDeviceMemory, MemoryOfAProcessThatDiedIsRefused) {
 
 // ---- what is honest, at a bad moment
 
+// Goal: a trainer whose device work never ends does not hold an engine, which would be `writing`
+// until its own death. Method: its process is stopped with the work queued; the refit runs into its
+// deadline.
+TEST_P(BadDeviceMemory, WorkThatNeverEndsIsNotWaitedForInTheMiddleOfWriting) {
+  CudaExporter trainer;
+  trainer.stop_now();
+  Model target("transformer", {{"t", DType::uint8, {kBytes}}});
+  target.fill(3);
+  Engine engine = make_engine("held", target);
+  const auto before = digests("held", "transformer");
+  RawClient client = RawClient::joined(socket_, Role::trainer, "hung");
+  Claim claim = honest(trainer.exported());
+  claim.event.assign(trainer.event().begin(), trainer.event().end());
+  const auto taken = client.call(wire::Opcode::register_module, register_device(claim));
+  ASSERT_TRUE(taken && taken->code == Errc::ok) << (taken ? taken->message : "no reply");
+  {
+    const WaitingEngine waiting(engine);
+    const auto reply = client.call(
+        wire::Opcode::refit,
+        refit_message(TransactionId::random(), {{"held", "transformer", "transformer"}}, 500'000));
+    ASSERT_TRUE(reply) << "no reply";
+    EXPECT_EQ(reply->code, Errc::engine_not_ready) << reply->message;
+    for (const char* part : {"fence of hung/transformer", "nothing was changed"})
+      EXPECT_NE(reply->message.find(part), std::string::npos) << reply->message;
+  }
+  must(engine.poll(soon()));
+  EXPECT_TRUE(engine.step_allowed());
+  EXPECT_EQ(engine.state("transformer"), ModuleState::initial);
+  EXPECT_EQ(digests("held", "transformer"), before);
+}
+
 // Goal: an engine may register other memory whenever it likes: a refit is of the one or of the
 // other, or is called off. Method: refits run all the time while the module moves between two
 // models; what was committed last is in the one that is registered.

@@ -7,7 +7,7 @@
 //
 // Streams are non-blocking, one for each device and direction, shared by all jobs. A job waits for
 // its fences on each of its streams, so an event that never completes holds up whoever needs the
-// same stream after it, and there is no taking it back: only give events whose work is queued.
+// same stream after it, and there is no taking it back: only give events that were seen to pass.
 #pragma once
 
 #include <array>

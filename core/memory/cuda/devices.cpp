@@ -46,11 +46,14 @@ class Pinned final : public PinnedMemory {
 
 class OpenedEvent final : public DeviceEvent {
  public:
-  explicit OpenedEvent(IpcEvent event) : event_(std::move(event)) {}
+  OpenedEvent(IpcEvent event, std::string label)
+      : event_(std::move(event)), label_(std::move(label)) {}
   [[nodiscard]] CUevent get() const noexcept { return event_.get(); }
+  [[nodiscard]] Result<bool> passed() const override { return event_.passed(label_); }
 
  private:
   IpcEvent event_;
+  std::string label_;
 };
 
 CUevent event_of(const DeviceEvent* event) noexcept {
@@ -136,7 +139,8 @@ class CudaDevices final : public refit::Devices {
     }
     REFIT_TRY_ASSIGN(auto context, devices_->context(*device));
     REFIT_TRY_ASSIGN(auto event, IpcEvent::open(std::move(context), handle, label));
-    return std::static_pointer_cast<DeviceEvent>(std::make_shared<OpenedEvent>(std::move(event)));
+    return std::static_pointer_cast<DeviceEvent>(
+        std::make_shared<OpenedEvent>(std::move(event), label));
   }
 
   Result<std::unique_ptr<DeviceJob>> prepare(std::span<const DeviceOp> ops) override {

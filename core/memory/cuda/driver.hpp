@@ -60,6 +60,7 @@ namespace refit::cuda {
   X(stream_wait_event, cuStreamWaitEvent, 3020)                                   \
   X(event_create, cuEventCreate, 2000)                                            \
   X(event_record, cuEventRecord, 2000)                                            \
+  X(event_query, cuEventQuery, 2000)                                              \
   X(event_synchronize, cuEventSynchronize, 2000)                                  \
   X(event_destroy, cuEventDestroy, 4000)
 

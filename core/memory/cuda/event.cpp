@@ -60,6 +60,13 @@ Result<IpcHandle> IpcEvent::handle(const std::string& label) const {
   return handle;
 }
 
+Result<bool> IpcEvent::passed(const std::string& label) const {
+  REFIT_TRY_ASSIGN(const Current current, Current::enter(*context_));
+  const CUresult code = context_->driver().event_query(event_);
+  if (code == CUDA_SUCCESS || code == CUDA_ERROR_NOT_READY) return code == CUDA_SUCCESS;
+  return fail_cuda(context_->driver(), label + ": asking its event (cuEventQuery)", code);
+}
+
 void IpcEvent::destroy() noexcept {
   if (event_ == nullptr) return;
   const auto current = Current::enter(*context_);

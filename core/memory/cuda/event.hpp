@@ -29,6 +29,9 @@ class IpcEvent {
   ~IpcEvent() { destroy(); }
 
   [[nodiscard]] CUevent get() const noexcept { return event_; }
+  /// Whether all that was recorded before the call is done. Asks and does not wait. Errors:
+  /// Errc::cuda, with `label`.
+  [[nodiscard]] Result<bool> passed(const std::string& label) const;
   /// What another process opens it by; only of a created one. Errors: Errc::cuda.
   [[nodiscard]] Result<IpcHandle> handle(const std::string& label) const;
 

@@ -24,6 +24,7 @@ struct Message {
   std::uint64_t allocation = 0;
   std::uint64_t bytes = 0;
   IpcHandle handle{};
+  IpcHandle event{};
 };
 
 }  // namespace
@@ -35,7 +36,18 @@ void export_until_told() {
   const auto shared = must(share_device_memory(memory.pointer(), 8192, "the exporter's memory"));
   const Exported& exported = shared->exported();
   const DevicePiece& piece = exported.pieces.front();
-  const Message message{exported.device, piece.allocation_id, exported.bytes, piece.handle};
+  CUstream stream = nullptr;
+  {
+    const cuda::Current current(0);
+    cuda::must(cuda::Driver::get().cuStreamCreate(&stream, CU_STREAM_NON_BLOCKING),
+               "cuStreamCreate");
+    cuda::must(cuda::Driver::get().cuMemsetD8Async(memory.address(), 1, memory.bytes(), stream),
+               "cuMemsetD8Async");
+  }
+  const auto event = must(share_device_event(memory.pointer(), stream, "the exporter's event"));
+  must(event->record());
+  const Message message{exported.device, piece.allocation_id, exported.bytes, piece.handle,
+                        event->handle()};
   const int to = std::atoi(std::getenv(kMark));
   if (::write(to, &message, sizeof message) != sizeof message) std::_Exit(1);
   for (;;) ::pause();
@@ -50,6 +62,7 @@ CudaExporter::CudaExporter() {
     ::prctl(PR_SET_PDEATHSIG, SIGKILL);
     ::fcntl(pipe[1], F_SETFD, 0);
     ::setenv(kMark, number.c_str(), 1);
+    ::setenv("FAKECUDA_SCHEDULE", "lazy", 1);
     char name[] = "cuda_exporter";
     char* argv[] = {name, nullptr};
     ::execv("/proc/self/exe", argv);
@@ -59,12 +72,18 @@ CudaExporter::CudaExporter() {
   from_ = pipe[0];
   Message message;
   EXPECT_EQ(::read(from_, &message, sizeof message), static_cast<ssize_t>(sizeof message));
+  event_ = message.event;
   exported_.device = message.device;
   exported_.bytes = message.bytes;
   DevicePiece& piece = exported_.pieces.emplace_back();
   piece.bytes = message.bytes;
   piece.handle = message.handle;
   piece.allocation_id = message.allocation;
+}
+
+void CudaExporter::stop_now() const {
+  ::kill(pid_, SIGSTOP);
+  ::waitpid(pid_, nullptr, WUNTRACED);
 }
 
 void CudaExporter::kill_now() {

@@ -20,12 +20,17 @@ class CudaExporter {
 
   /// As the process exported it.
   [[nodiscard]] const Exported& exported() const noexcept { return exported_; }
+  /// Behind work on it that is queued, and not begun unless somebody waits for it.
+  [[nodiscard]] const IpcHandle& event() const noexcept { return event_; }
+  /// Stops the process: what is queued is never done.
+  void stop_now() const;
   void kill_now();
 
  private:
   pid_t pid_ = -1;
   int from_ = -1;
   Exported exported_;
+  IpcHandle event_{};
 };
 
 /// True in such a process; see export_until_told().

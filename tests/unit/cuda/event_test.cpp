@@ -34,6 +34,8 @@ TEST_F(IpcEventTest, AStreamWaitsForAnotherProcesssWork) {
   const auto current = Current::enter(*held_context);
   ASSERT_TRUE(current);
   const Driver& driver = devices_->driver();
+  const auto early = event->passed("fence");
+  EXPECT_TRUE(early && !*early);
   CUstream stream = nullptr;
   must(driver.stream_create(&stream, CU_STREAM_NON_BLOCKING));
   void* read = nullptr;
@@ -42,6 +44,11 @@ TEST_F(IpcEventTest, AStreamWaitsForAnotherProcesssWork) {
   must(driver.memcpy_async(reinterpret_cast<CUdeviceptr>(read), (*memory)->address, kMiB, stream));
   must(driver.stream_synchronize(stream));
   EXPECT_EQ(std::string(static_cast<const char*>(read), kMiB), std::string(kMiB, 0x5c));
+  const auto late = event->passed("fence");
+  EXPECT_TRUE(late && *late);
+  faults("cuEventQuery#1=2");
+  EXPECT_TRUE(refuses(event->passed("fence"), Errc::cuda, "cuEventQuery"));
+  faults("");
   must(cuda().cuMemFreeHost(read));
   must(driver.stream_destroy(stream));
 }
