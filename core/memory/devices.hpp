@@ -84,11 +84,10 @@ class DeviceJob {
   virtual ~DeviceJob() = default;
   /// Moves all targets: what was prepared for address 0 is written to `base`. Not while it runs.
   virtual void set_target_base(std::byte* base) noexcept = 0;
-  /// Starts it, after what the events stand for; null ones are left out. `done` comes on a thread
-  /// of the devices. Allocates nothing.
-  virtual void submit(const DeviceEvent* source, const DeviceEvent* engine, Done done,
-                      void* context) noexcept = 0;
-  [[nodiscard]] virtual std::uint64_t bytes() const noexcept = 0;
+  /// For its next run: what it comes after, null for nothing, and who is told of its end, on a
+  /// thread of the devices.
+  virtual void arm(const DeviceEvent* source, const DeviceEvent* engine, Done done,
+                   void* context) noexcept = 0;
 };
 
 struct DeviceOptions {
@@ -116,6 +115,9 @@ class Devices {
                                                           const std::string& label) = 0;
   /// Errors: Errc::unsupported for copies that no driver call does; Errc::cuda.
   virtual Result<std::unique_ptr<DeviceJob>> prepare(std::span<const DeviceOp> ops) = 0;
+  /// Starts jobs that are armed: the devices have all of them before one is waited for. One thread
+  /// at a time. Allocates nothing that a call with as many jobs did not before.
+  virtual void submit(std::span<DeviceJob* const> jobs) noexcept = 0;
   /// Hands out the bytes of [begin, begin + bytes) of `range` in order, in spans that live as long
   /// as the call of `take`. Any thread.
   virtual Result<void> read(const DeviceRange& range, std::uint64_t begin, std::uint64_t bytes,

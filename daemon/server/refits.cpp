@@ -543,9 +543,11 @@ void Refits::write(Refit& refit) {
         &refit);
     copy_pool_.submit(job);
   };
+  refit.device_jobs.clear();
   const auto submit_to_device = [&](const BoundPlan& plan, DeviceJob& job) {
     refit.jobs_left.fetch_add(1);
-    job.submit(
+    refit.device_jobs.push_back(&job);
+    job.arm(
         plan.source->event.get(), plan.target->event.get(),
         [](void* context, DeviceOutcome outcome) {
           auto& self = *static_cast<Refit*>(context);
@@ -569,6 +571,7 @@ void Refits::write(Refit& refit) {
       }
     }
   }
+  if (!refit.device_jobs.empty()) devices_.known()->submit(refit.device_jobs);
   job_done(refit);
 }
 
@@ -590,7 +593,7 @@ void Refits::copied(Refit& refit) {
   reply(refit);
 }
 
-/// Some bytes are there and some are not.
+/// Some bytes are there and some are not; or none is, where the devices failed before the first.
 void Refits::broken(Refit& refit, const DeviceOutcome& device) {
   const bool touched = refit.touched.load();
   if (touched) {

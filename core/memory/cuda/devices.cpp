@@ -62,9 +62,7 @@ CUevent event_of(const DeviceEvent* event) noexcept {
 
 class Job final : public DeviceJob {
  public:
-  explicit Job(DeviceCopier& copier) : copier_(copier) {}
-
-  Result<void> prepare(std::span<const DeviceOp> ops) {
+  Result<void> prepare(DeviceCopier& copier, std::span<const DeviceOp> ops) {
     std::vector<DeviceCopyOp> wanted;
     wanted.reserve(ops.size());
     for (const DeviceOp& op : ops) {
@@ -74,14 +72,14 @@ class Job final : public DeviceJob {
                         op.copy.loop_count,
                         op.copy.loops});
     }
-    return job_.prepare(copier_, wanted);
+    return job_.prepare(copier, wanted);
   }
 
   void set_target_base(std::byte* base) noexcept override {
     job_.set_target_base(address_of(base));
   }
-  void submit(const DeviceEvent* source, const DeviceEvent* engine, Done done,
-              void* context) noexcept override {
+  void arm(const DeviceEvent* source, const DeviceEvent* engine, Done done,
+           void* context) noexcept override {
     Fences fences;
     fences.source[0] = event_of(source);
     fences.engine[0] = event_of(engine);
@@ -95,12 +93,10 @@ class Job final : public DeviceJob {
                                    outcome.untouched});
         },
         this);
-    copier_.submit(job_);
   }
-  [[nodiscard]] std::uint64_t bytes() const noexcept override { return job_.bytes(); }
+  [[nodiscard]] DeviceCopyJob& job() noexcept { return job_; }
 
  private:
-  DeviceCopier& copier_;
   DeviceCopyJob job_;
   Done done_ = nullptr;
   void* context_ = nullptr;
@@ -144,9 +140,15 @@ class CudaDevices final : public refit::Devices {
   }
 
   Result<std::unique_ptr<DeviceJob>> prepare(std::span<const DeviceOp> ops) override {
-    auto job = std::make_unique<Job>(*copier_);
-    REFIT_TRY(job->prepare(ops));
+    auto job = std::make_unique<Job>();
+    REFIT_TRY(job->prepare(*copier_, ops));
     return std::unique_ptr<DeviceJob>(std::move(job));
+  }
+
+  void submit(std::span<DeviceJob* const> jobs) noexcept override {
+    submitted_.clear();
+    for (DeviceJob* job : jobs) submitted_.push_back(&static_cast<Job*>(job)->job());
+    copier_->submit(submitted_);
   }
 
   Result<void> read(const DeviceRange& range, std::uint64_t begin, std::uint64_t bytes,
@@ -203,6 +205,7 @@ class CudaDevices final : public refit::Devices {
   Importer importer_;
   std::vector<std::unique_ptr<Reader>> readers_;  ///< that nobody uses; guarded by mutex_
   std::unique_ptr<DeviceCopier> copier_;
+  std::vector<DeviceCopyJob*> submitted_;  ///< of submit() alone, which keeps its memory
 };
 
 }  // namespace
