@@ -56,7 +56,8 @@ struct BoundPlan {
       : source(std::move(from)), target(std::move(to)), places(*target->manifest) {}
 
   /// Prepares the copies that touch devices, once both registrations are ready; does nothing where
-  /// that is done or there are none. Errors: Errc::unsupported, Errc::cuda; names the modules.
+  /// that is done or there are none. Once for each plan, on the loop thread: docs/gpu.md says why
+  /// that is bounded. Errors: Errc::unsupported, Errc::cuda; names the modules.
   [[nodiscard]] Result<void> connect(DeviceAccess& devices);
 
   /// Reads where the engine's layers are, once, and points the copies there. Only while the engine
