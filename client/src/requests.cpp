@@ -56,10 +56,13 @@ Result<std::vector<Tickets>> send_fds(Session& session, const ModuleSpec& module
     count += of_region.size();
   }
   if (count > kUnclaimedTicketsMax) {
-    return fail(Errc::quota, module.name() + ": " + std::to_string(count) +
-                                 " regions and segments that need an fd; the limit is " +
-                                 std::to_string(kUnclaimedTicketsMax) +
-                                 " (put tensors into fewer, larger regions)");
+    return fail(Errc::quota,
+                module.name() + ": " + std::to_string(count) +
+                    " regions and segments that need an fd; the limit is " +
+                    std::to_string(kUnclaimedTicketsMax) +
+                    ": put tensors into fewer, larger regions; of PyTorch's expandable "
+                    "segments there is an fd for each 20 MiB, and "
+                    "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False needs none");
   }
   std::vector<Tickets> tickets;
   for (const auto& of_region : fds) {

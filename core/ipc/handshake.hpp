@@ -48,7 +48,7 @@ enum WelcomeFd : std::size_t {
 inline constexpr std::size_t kSocketMessageBytesMax = 4096;
 inline constexpr std::size_t kSocketFdsMax = 8;
 /// Fds that a session may have sent and not named in a request yet.
-inline constexpr std::size_t kUnclaimedTicketsMax = 64;
+inline constexpr std::size_t kUnclaimedTicketsMax = 1024;
 
 struct ReceivedMessage {
   Preamble preamble;

@@ -527,7 +527,8 @@ void Server::drain_tickets(Session& session) {
       registrar_->close_later(std::move(message.fds));
       return violate(session, session.tickets.count(body.ticket) != 0
                                   ? "it used a ticket twice"
-                                  : "it left more than 64 tickets unclaimed");
+                                  : "it left more than " + std::to_string(kUnclaimedTicketsMax) +
+                                        " tickets unclaimed");
     }
     Session::Ticket held{
         {}, Clock::now() + std::chrono::milliseconds(settings().fd_timeout_ms), {}};

@@ -6,6 +6,7 @@
 // by itself can send is in tests/system/protocol_test.cpp.
 
 #include "conformance/refit_fixture.hpp"
+#include "ipc/handshake.hpp"
 #include "support/bystander.hpp"
 
 namespace refit::test {
@@ -189,14 +190,16 @@ TEST_P(BadInput, ManifestLargerThanAMessageIsRefusedAndTheSessionLives) {
 TEST_P(BadInput, MoreRegionsThanTicketsIsRefusedAndTheSessionLives) {
   ModuleSpec spec("transformer");
   std::vector<std::shared_ptr<SharedMemory>> memories;
-  for (int i = 0; i < 65; ++i) {
+  constexpr std::size_t kCount = kUnclaimedTicketsMax + 1;
+  for (std::size_t i = 0; i < kCount; ++i) {
     memories.push_back(must(SharedMemory::allocate(4096)));
     must(spec.add("tensor." + std::to_string(i), DType::uint8, {16}, memories.back(),
                   memories.back()->data()));
   }
   const auto result = refused_engine(spec, Errc::quota);
-  EXPECT_NE(text_of(result).find("65 regions"), std::string::npos) << text_of(result);
-  EXPECT_NE(text_of(result).find("64"), std::string::npos) << text_of(result);
+  EXPECT_NE(text_of(result).find(std::to_string(kCount) + " regions"), std::string::npos)
+      << text_of(result);
+  EXPECT_NE(text_of(result).find("expandable_segments"), std::string::npos) << text_of(result);
 }
 
 TEST_P(BadInput, NameRuleThatDoesNotCompileIsRefused) {

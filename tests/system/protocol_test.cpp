@@ -336,12 +336,13 @@ TEST_F(Protocol, TicketThatIsSentTwiceEndsTheSession) {
   expect_ended(sut, "twice");
 }
 
-TEST_F(Protocol, MoreThan64UnclaimedTicketsEndTheSession) {
+TEST_F(Protocol, MoreUnclaimedTicketsThanAreAllowedEndTheSession) {
   const UniqueFd fd = honest_memfd(kPage, kHonestSeals);
   const std::size_t before = count_fds(daemon_.pid());
   RawClient sut = join();
-  for (std::uint64_t ticket = 0; ticket < 65; ++ticket) sut.send_ticket(ticket, fd.get());
-  expect_ended(sut, "64");
+  for (std::uint64_t ticket = 0; ticket <= kUnclaimedTicketsMax; ++ticket)
+    sut.send_ticket(ticket, fd.get());
+  expect_ended(sut, std::to_string(kUnclaimedTicketsMax));
   expect_fds_back(before);
 }
 

@@ -41,25 +41,23 @@ std::uint64_t rounded(std::uint64_t bytes, std::uint64_t to) { return (bytes + t
 
 // ---- one allocation
 
-DeviceAllocation::DeviceAllocation(DeviceKind kind, int device, std::uint64_t bytes, bool shareable)
+DeviceAllocation::DeviceAllocation(DeviceKind kind, int device, std::uint64_t bytes, bool shareable,
+                                   std::uint64_t segments)
     : kind_(kind), device_(device), bytes_(bytes) {
   const Current current(device);
   if (kind == DeviceKind::legacy) {
     cuda::must(driver().cuMemAlloc(&address_, bytes), "cuMemAlloc");
     return;
   }
-  // Several segments side by side, as expandable_segments makes them: tensors cross from one to the
-  // next.
-  constexpr std::uint64_t kSegments = 3;
   const CUmemAllocationProp properties = properties_of(device, shareable);
   std::size_t granularity = 0;
   cuda::must(driver().cuMemGetAllocationGranularity(&granularity, &properties,
                                                     CU_MEM_ALLOC_GRANULARITY_MINIMUM),
              "cuMemGetAllocationGranularity");
-  segment_bytes_ = rounded((bytes + kSegments - 1) / kSegments, granularity);
-  bytes_ = segment_bytes_ * kSegments;
+  segment_bytes_ = rounded((bytes + segments - 1) / segments, granularity);
+  bytes_ = segment_bytes_ * segments;
   cuda::must(driver().cuMemAddressReserve(&address_, bytes_, 0, 0, 0), "cuMemAddressReserve");
-  for (std::uint64_t i = 0; i < kSegments; ++i) {
+  for (std::uint64_t i = 0; i < segments; ++i) {
     CUmemGenericAllocationHandle handle = 0;
     cuda::must(driver().cuMemCreate(&handle, segment_bytes_, &properties, 0), "cuMemCreate");
     cuda::must(driver().cuMemMap(address_ + i * segment_bytes_, segment_bytes_, 0, handle, 0),

@@ -19,7 +19,9 @@ enum class DeviceKind { legacy, vmm };
 /// Device memory as a client has it, without the daemon: some bytes of one device.
 class DeviceAllocation {
  public:
-  DeviceAllocation(DeviceKind kind, int device, std::uint64_t bytes, bool shareable = true);
+  /// `segments`: of vmm, side by side, as expandable_segments makes them.
+  DeviceAllocation(DeviceKind kind, int device, std::uint64_t bytes, bool shareable = true,
+                   std::uint64_t segments = 3);
   ~DeviceAllocation();
   DeviceAllocation(const DeviceAllocation&) = delete;
   DeviceAllocation& operator=(const DeviceAllocation&) = delete;
