@@ -353,6 +353,98 @@ TEST_P(Devices, MemoryMayBeFreedWhileItsEngineSleeps) {
   must(engine.unregister_module("transformer", soon()));
 }
 
+// Goal: memory of many segments, as PyTorch's expandable segments make it, needs an fd for each.
+TEST_P(Devices, MemoryOfHundredsOfSegmentsIsRegisteredAndRefitted) {
+  if (GetParam() != MemoryKind::cuda_vmm) return;  // the other kind has no segments
+  constexpr std::uint64_t kSegments = 300;
+  constexpr std::uint64_t kBytes = kSegments * (64 << 10);
+  const auto module_of = [](const DeviceAllocation& memory) {
+    ModuleSpec spec("vae");
+    must(spec.add("t", DType::uint8, {kBytes}, must(DeviceMemory::share(memory.pointer(), kBytes)),
+                  memory.pointer()));
+    return spec;
+  };
+  const DeviceAllocation source(DeviceKind::vmm, 0, kBytes, true, kSegments);
+  const DeviceAllocation target(DeviceKind::vmm, 0, kBytes, true, kSegments);
+  {
+    const cuda::Current current(0);
+    CUstream stream = nullptr;
+    const cuda::Driver& driver = cuda::Driver::get();
+    cuda::must(driver.cuStreamCreate(&stream, CU_STREAM_NON_BLOCKING), "cuStreamCreate");
+    cuda::must(driver.cuMemsetD8Async(source.address(), 0x5a, kBytes, stream), "cuMemsetD8Async");
+    cuda::must(driver.cuMemsetD8Async(target.address(), 0, kBytes, stream), "cuMemsetD8Async");
+    cuda::must(driver.cuStreamSynchronize(stream), "cuStreamSynchronize");
+    cuda::must(driver.cuStreamDestroy(stream), "cuStreamDestroy");
+  }
+  Trainer trainer = connect_trainer();
+  must(trainer.register_module(module_of(source), soon()));
+  Engine engine = must(Engine::connect("flux", options(), soon()));
+  must(engine.register_module(module_of(target), soon()));
+  {
+    const WaitingEngine waiting(engine);
+    must(trainer.refit({"flux", "vae"}, soon()));
+  }
+  unsigned char last = 0;
+  const cuda::Current current(0);
+  cuda::must(cuda::Driver::get().cuMemcpyDtoH(&last, target.address() + kBytes - 1, 1),
+             "cuMemcpyDtoH");
+  EXPECT_EQ(last, 0x5a);
+  must(engine.unregister_module("vae", soon()));
+  must(trainer.unregister_module("vae", soon()));
+}
+
+// Goal: host memory that a stream still writes is waited for, because the CPUs that copy it know of
+// no streams. Method: the trainer's weights come from a device late, behind its fence.
+TEST_P(Devices, HostMemoryThatAStreamStillWritesIsWaitedFor) {
+  constexpr std::uint64_t kBytes = 1 << 20;
+  const auto tensors = std::vector<TensorShape>{{"t", DType::uint8, {kBytes}}};
+  test::Model source("transformer", tensors);
+  test::Model target("transformer", tensors);
+  Model on_device("transformer", tensors);
+  on_device.fill(7);
+  on_device.settle();
+  source.fill(1);
+  const cuda::Current current(0);
+  cuda::must(cuda::Driver::get().cuMemHostRegister(source.data(0), kBytes, 0), "cuMemHostRegister");
+  ModuleSpec spec = source.spec();
+  spec.set_fence(on_device.spec().fence());
+  Trainer trainer = connect_trainer();
+  must(trainer.register_module(spec, soon()));
+  Engine engine = make_engine("flux", target);
+  const WaitingEngine waiting(engine);
+  cuda::must(cuda::Driver::get().cuMemcpyDtoHAsync(
+                 source.data(0), reinterpret_cast<CUdeviceptr>(on_device.address(0)), kBytes,
+                 static_cast<DeviceStorage&>(on_device.storage()).stream()),
+             "cuMemcpyDtoHAsync");
+  must(trainer.refit(kTransformer, soon()));
+  on_device.download();
+  EXPECT_EQ(std::memcmp(target.data(0), on_device.data(0), kBytes), 0);
+  must(trainer.unregister_module("transformer", soon()));
+  cuda::must(cuda::Driver::get().cuMemHostUnregister(source.data(0)), "cuMemHostUnregister");
+}
+
+/// A daemon that finds no device when it first looks.
+class LateDevices : public Refit {
+ protected:
+  LateDevices() : Refit(no_device_at_first()) {}
+  static DaemonOptions no_device_at_first() {
+    DaemonOptions how;
+    how.environment = {{"FAKECUDA_FAULT", "cuInit#1=100"}};
+    return how;
+  }
+};
+
+TEST_P(LateDevices, AreTakenWhenAModuleIsRegisteredAgain) {
+  Model source("transformer", small_tensors());
+  Trainer trainer = connect_trainer();
+  // The first look is for whoever could do without, the second for who cannot.
+  test::Model on_host("vae", small_tensors());
+  must(trainer.register_module(on_host.spec(), soon()));
+  must(trainer.register_module(source.spec(), soon()));
+}
+
+INSTANTIATE_TEST_SUITE_P(Memory, LateDevices, ::testing::ValuesIn(memory_kinds()),
+                         [](const auto& test) { return name_of(test.param); });
 INSTANTIATE_TEST_SUITE_P(Memory, Devices, ::testing::ValuesIn(memory_kinds()),
                          [](const auto& test) { return name_of(test.param); });
 

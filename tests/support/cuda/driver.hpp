@@ -41,6 +41,7 @@ namespace refit::test::cuda {
   X(cuMemcpyDtoH, 3020)                   \
   X(cuMemcpyHtoDAsync, 3020)              \
   X(cuMemcpyDtoDAsync, 3020)              \
+  X(cuMemcpyDtoHAsync, 3020)              \
   X(cuMemsetD8Async, 3020)                \
   X(cuMemHostRegister, 6050)              \
   X(cuMemHostUnregister, 4000)            \
