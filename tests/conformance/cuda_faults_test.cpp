@@ -105,6 +105,8 @@ std::map<std::string, std::uint64_t> CudaFaults::live(const std::string& functio
         EXPECT_TRUE(target.equals(source_)) << where;
       } else if (engine.state("transformer") == ModuleState::poisoned) {
         ++poisoned_;
+        EXPECT_TRUE(function != "cuStreamWaitEvent" || std::string(fault().kind) == "later")
+            << where << ": before the only copy";
         EXPECT_FALSE(engine.step_allowed()) << where;
         expect_named(report.error(), where);
       } else {
