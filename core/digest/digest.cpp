@@ -10,39 +10,93 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <type_traits>
+#include <utility>
+#include <variant>
 
+#include "digest/sha256.hpp"
 #include "refit/result.hpp"
 
 namespace refit {
 
-struct Hasher::State {
-  EVP_MD* md = nullptr;
-  EVP_MD_CTX* context = nullptr;
-  XXH3_state_t* xxh3 = nullptr;
+namespace {
 
-  State() = default;
-  State(const State&) = delete;
-  State& operator=(const State&) = delete;
-  ~State() {
-    EVP_MD_CTX_free(context);
-    EVP_MD_free(md);
-    XXH3_freeState(xxh3);
-  }
-};
+// Each kind of hash has update, finish and reset, and like Sha256 no frame of theirs owns anything.
 
 // A failure in here means a broken OpenSSL or no memory: no answer to a peer could be right after
 // that.
-Hasher::Hasher(DigestKind kind) : state_(std::make_unique<State>()) {
-  if (kind == DigestKind::xxh3) {
-    state_->xxh3 = XXH3_createState();
-    REFIT_ASSERT(state_->xxh3 != nullptr);
-  } else {
-    // Fetched once: a fetch per digest takes a lock and a hash lookup in the provider store.
-    state_->md = EVP_MD_fetch(nullptr, "SHA256", nullptr);
-    state_->context = EVP_MD_CTX_new();
-    REFIT_ASSERT(state_->md != nullptr && state_->context != nullptr);
+class OpensslSha256 {
+ public:
+  // Fetched once: a fetch per digest takes a lock and a hash lookup in the provider store.
+  OpensslSha256() : md_(EVP_MD_fetch(nullptr, "SHA256", nullptr)), context_(EVP_MD_CTX_new()) {
+    REFIT_ASSERT(md_ != nullptr && context_ != nullptr);
+    reset();
   }
-  reset();
+  // OpenSSL 3.0 frees and takes its 112 bytes of SHA-256 state here; there is no call that keeps
+  // them.
+  void reset() { REFIT_ASSERT(EVP_DigestInit_ex2(context_.get(), md_.get(), nullptr) == 1); }
+  void update(std::span<const std::byte> bytes) {
+    REFIT_ASSERT(EVP_DigestUpdate(context_.get(), bytes.data(), bytes.size()) == 1);
+  }
+  [[nodiscard]] Sha256::Value finish() {
+    Sha256::Value value;
+    REFIT_ASSERT(EVP_DigestFinal_ex(context_.get(), value.data(), nullptr) == 1);
+    reset();
+    return value;
+  }
+
+ private:
+  struct Free {
+    void operator()(EVP_MD* md) const noexcept { EVP_MD_free(md); }
+    void operator()(EVP_MD_CTX* context) const noexcept { EVP_MD_CTX_free(context); }
+  };
+  std::unique_ptr<EVP_MD, Free> md_;
+  std::unique_ptr<EVP_MD_CTX, Free> context_;
+};
+
+class Xxh3 {
+ public:
+  Xxh3() : state_(XXH3_createState()) {
+    REFIT_ASSERT(state_ != nullptr);
+    reset();
+  }
+  void reset() { REFIT_ASSERT(XXH3_128bits_reset(state_.get()) == XXH_OK); }
+  void update(std::span<const std::byte> bytes) {
+    REFIT_ASSERT(XXH3_128bits_update(state_.get(), bytes.data(), bytes.size()) == XXH_OK);
+  }
+  [[nodiscard]] std::array<std::uint8_t, 16> finish() {
+    XXH128_canonical_t canonical;
+    XXH128_canonicalFromHash(&canonical, XXH3_128bits_digest(state_.get()));
+    reset();
+    return std::to_array(canonical.digest);
+  }
+
+ private:
+  struct Free {
+    void operator()(XXH3_state_t* state) const noexcept { XXH3_freeState(state); }
+  };
+  std::unique_ptr<XXH3_state_t, Free> state_;
+};
+
+using AnyHash = std::variant<Sha256, OpensslSha256, Xxh3>;
+
+}  // namespace
+
+struct Hasher::State {
+  AnyHash hash;
+};
+
+Sha256By fastest_sha256() noexcept {
+  return Sha256::supported() ? Sha256By::cpu : Sha256By::openssl;
+}
+
+Hasher::Hasher(DigestKind kind, Sha256By sha256) : state_(std::make_unique<State>()) {
+  REFIT_ASSERT(sha256 == Sha256By::openssl || Sha256::supported());
+  if (kind == DigestKind::xxh3) {
+    state_->hash.emplace<Xxh3>();
+  } else if (sha256 == Sha256By::openssl) {
+    state_->hash.emplace<OpensslSha256>();
+  }
 }
 
 Hasher::~Hasher() = default;
@@ -50,130 +104,107 @@ Hasher::Hasher(Hasher&&) noexcept = default;
 Hasher& Hasher::operator=(Hasher&&) noexcept = default;
 
 void Hasher::reset() {
-  if (state_->xxh3 != nullptr) {
-    REFIT_ASSERT(XXH3_128bits_reset(state_->xxh3) == XXH_OK);
-    return;
-  }
-  // OpenSSL 3.0 frees and takes its 112 bytes of SHA-256 state here; there is no call that keeps
-  // them.
-  REFIT_ASSERT(EVP_DigestInit_ex2(state_->context, state_->md, nullptr) == 1);
+  std::visit([](auto& hash) { hash.reset(); }, state_->hash);
 }
 
-void Hasher::update(const void* data, std::size_t bytes) {
-  if (bytes == 0) return;
-  if (state_->xxh3 != nullptr) {
-    REFIT_ASSERT(XXH3_128bits_update(state_->xxh3, data, bytes) == XXH_OK);
+void Hasher::update(std::span<const std::byte> bytes) {
+  if (bytes.empty()) return;
+  std::visit([bytes](auto& hash) { hash.update(bytes); }, state_->hash);
+}
+
+void Hasher::update_two(Hasher& a, std::span<const std::byte>& from_a, Hasher& b,
+                        std::span<const std::byte>& from_b) {
+  auto* const two_a = std::get_if<Sha256>(&a.state_->hash);
+  auto* const two_b = std::get_if<Sha256>(&b.state_->hash);
+  if (two_a != nullptr && two_b != nullptr) {
+    Sha256::update_two(*two_a, from_a, *two_b, from_b);
     return;
   }
-  REFIT_ASSERT(EVP_DigestUpdate(state_->context, data, bytes) == 1);
+  a.update(std::exchange(from_a, {}));
+  b.update(std::exchange(from_b, {}));
 }
 
 Digest Hasher::finish() {
   Digest digest;
-  if (state_->xxh3 != nullptr) {
-    XXH128_canonical_t canonical;
-    XXH128_canonicalFromHash(&canonical, XXH3_128bits_digest(state_->xxh3));
-    std::memcpy(digest.bytes.data(), canonical.digest, sizeof canonical.digest);
-    digest.length = sizeof canonical.digest;
-  } else {
-    unsigned int length = 0;
-    REFIT_ASSERT(EVP_DigestFinal_ex(state_->context, digest.bytes.data(), &length) == 1);
-    digest.length = static_cast<std::uint8_t>(length);
-  }
-  reset();
+  std::visit(
+      [&digest](auto& hash) {
+        const auto value = hash.finish();
+        std::copy(value.begin(), value.end(), digest.bytes.begin());
+        digest.length = static_cast<std::uint8_t>(value.size());
+      },
+      state_->hash);
   return digest;
 }
 
-namespace {
-
-struct ElementLoop {
-  std::uint64_t count = 1;
-  std::uint64_t stride_bytes = 0;
-  std::uint64_t index = 0;
-};
-
-// 2^64 elements cannot be hashed, so at most 63 dimensions have more than one.
-constexpr std::size_t kLoopsMax = 64;
-
-// The walk over one tensor: outer loops (innermost first) around contiguous runs. Trivially
-// destructible.
-struct ElementWalk {
-  std::array<ElementLoop, kLoopsMax> loops{};
-  std::size_t loop_count = 0;
-  std::uint64_t run_bytes = 0;  // 0: the tensor has no elements
-};
-
-ElementWalk walk_of(const TensorSpec& spec) {
-  ElementWalk walk;
+void ElementReader::begin(const TensorView& tensor) {
+  const TensorSpec& spec = *tensor.spec;
+  at_ = nullptr;
+  loop_count_ = 0;
   const std::uint64_t element = element_bytes(spec.dtype);
   for (const std::uint64_t extent : spec.shape) {
-    if (extent == 0) return walk;
+    if (extent == 0) return;
   }
-  walk.run_bytes = element;
+  at_ = tensor.data;
+  run_bytes_ = element;
   std::uint64_t dense_elements = 1;  // the stride that would continue row-major order
-  bool in_run = true;
   for (std::size_t i = spec.shape.size(); i-- > 0;) {
     const std::uint64_t extent = spec.shape[i];
     if (extent == 1) continue;
     const std::uint64_t stride = spec.strides.empty() ? dense_elements : spec.strides[i];
     dense_elements *= extent;
-    const std::uint64_t stride_bytes = stride * element;
-    if (in_run && stride_bytes == walk.run_bytes) {
-      walk.run_bytes *= extent;
-      continue;
+    if (loop_count_ == 0 && stride * element == run_bytes_) {
+      run_bytes_ *= extent;
+    } else {
+      add_loop(extent, stride * element);
     }
-    in_run = false;
-    if (walk.loop_count > 0) {
-      ElementLoop& inner = walk.loops[walk.loop_count - 1];
-      if (stride_bytes == inner.count * inner.stride_bytes) {
-        inner.count *= extent;
-        continue;
-      }
-    }
-    REFIT_ASSERT(walk.loop_count < kLoopsMax);
-    walk.loops[walk.loop_count++] = {extent, stride_bytes, 0};
   }
-  return walk;
 }
 
-// Moves to the next run; false after the last.
-bool advance(ElementWalk& walk, const std::byte*& at) noexcept {
-  for (std::size_t i = 0; i < walk.loop_count; ++i) {
-    ElementLoop& loop = walk.loops[i];
-    at += loop.stride_bytes;
-    if (++loop.index < loop.count) return true;
-    at -= loop.count * loop.stride_bytes;
+void ElementReader::add_loop(std::uint64_t count, std::uint64_t stride_bytes) {
+  if (loop_count_ > 0) {
+    Loop& inner = loops_[loop_count_ - 1];
+    if (stride_bytes == inner.count * inner.stride_bytes) {
+      inner.count *= count;
+      return;
+    }
+  }
+  REFIT_ASSERT(loop_count_ < kLoopsMax);
+  loops_[loop_count_++] = {count, stride_bytes, 0};
+}
+
+void ElementReader::advance() noexcept {
+  for (std::size_t i = 0; i < loop_count_; ++i) {
+    Loop& loop = loops_[i];
+    at_ += loop.stride_bytes;
+    if (++loop.index < loop.count) return;
+    at_ -= loop.count * loop.stride_bytes;
     loop.index = 0;
   }
-  return false;
+  at_ = nullptr;
 }
 
-}  // namespace
-
-void update_with_elements(Hasher& hasher, const TensorView& tensor) {
-  ElementWalk walk = walk_of(*tensor.spec);
-  if (walk.run_bytes == 0) return;
-  const std::byte* at = tensor.data;
+std::span<const std::byte> ElementReader::next() {
+  if (at_ == nullptr) return {};
   // A call into the hash costs more than a few hundred bytes of hashing, so short runs are gathered
   // first.
-  std::array<std::byte, 8192> gathered;
   constexpr std::size_t kGatheredRunMax = 1024;
-  if (walk.run_bytes > kGatheredRunMax || walk.loop_count == 0) {
-    do {
-      hasher.update(at, walk.run_bytes);
-    } while (advance(walk, at));
-    return;
+  if (run_bytes_ > kGatheredRunMax || loop_count_ == 0) {
+    const std::span<const std::byte> run(at_, run_bytes_);
+    advance();
+    return run;
   }
   std::size_t used = 0;
-  do {
-    if (used + walk.run_bytes > gathered.size()) {
-      hasher.update(gathered.data(), used);
-      used = 0;
-    }
-    std::memcpy(gathered.data() + used, at, walk.run_bytes);
-    used += walk.run_bytes;
-  } while (advance(walk, at));
-  hasher.update(gathered.data(), used);
+  for (; at_ != nullptr && used + run_bytes_ <= gathered_.size(); advance()) {
+    std::memcpy(gathered_.data() + used, at_, run_bytes_);
+    used += run_bytes_;
+  }
+  return {gathered_.data(), used};
+}
+
+void update_with_elements(Hasher& hasher, const TensorView& tensor) {
+  ElementReader elements;
+  elements.begin(tensor);
+  for (auto piece = elements.next(); !piece.empty(); piece = elements.next()) hasher.update(piece);
 }
 
 void update_with_prefix(Hasher& hasher, DigestKind kind, const TensorSpec& spec) {

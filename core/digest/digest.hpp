@@ -1,4 +1,5 @@
-// Hashes of tensor bytes where they lie: SHA-256 through OpenSSL's EVP, XXH3-128 through xxHash.
+// Hashes of tensor bytes where they lie: SHA-256 by the CPU's instructions where it has them
+// (sha256.hpp), else through OpenSSL's EVP; XXH3-128 through xxHash.
 //
 // Any thread; a Hasher belongs to one thread at a time. Reads client memory in place and knows
 // nothing of SIGBUS: callers hold the guard of memory/sigbus_guard.hpp. A fault leaves these
@@ -6,9 +7,11 @@
 // vector), and leaves the Hasher to be reset().
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string_view>
 #include <vector>
 
@@ -16,19 +19,33 @@
 
 namespace refit {
 
+/// What computes SHA-256.
+enum class Sha256By : std::uint8_t {
+  openssl,
+  cpu,  ///< its own instructions; only where Sha256::supported()
+};
+[[nodiscard]] Sha256By fastest_sha256() noexcept;
+
 /// One streaming hash of any kind. Reusable: finish() resets it.
 class Hasher {
  public:
-  explicit Hasher(DigestKind kind);
+  explicit Hasher(DigestKind kind, Sha256By sha256 = fastest_sha256());
   ~Hasher();
   Hasher(Hasher&&) noexcept;
   Hasher& operator=(Hasher&&) noexcept;
 
-  void update(const void* data, std::size_t bytes);
-  void update(std::string_view text) { update(text.data(), text.size()); }
+  void update(std::span<const std::byte> bytes);
+  void update(std::string_view text) { update(std::as_bytes(std::span(text))); }
   [[nodiscard]] Digest finish();
   /// Forgets what was fed: after a fault interrupted update().
   void reset();
+
+  /// Feeds `a` from the front of `from_a` and `b` from that of `from_b`, and takes what was fed
+  /// from the spans. Returns when at least one of them is used up; both may be. Two streams of
+  /// SHA-256 by the CPU take little longer than one of them; of other hashes one is fed after the
+  /// other.
+  static void update_two(Hasher& a, std::span<const std::byte>& from_a, Hasher& b,
+                         std::span<const std::byte>& from_b);
 
  private:
   struct State;
@@ -40,6 +57,33 @@ class Hasher {
 struct TensorView {
   const TensorSpec* spec = nullptr;
   const std::byte* data = nullptr;
+};
+
+/// The bytes of one tensor in row-major order, whatever its strides, piece by piece.
+class ElementReader {
+ public:
+  /// Nothing of the spec is kept. Before the first tensor there are no bytes.
+  void begin(const TensorView& tensor);
+  /// The next piece, empty at the end. It lies in the tensor itself, or where runs are short in
+  /// this object, until the next call; such runs are read now.
+  [[nodiscard]] std::span<const std::byte> next();
+
+ private:
+  struct Loop {
+    std::uint64_t count = 1;
+    std::uint64_t stride_bytes = 0;
+    std::uint64_t index = 0;
+  };
+  void add_loop(std::uint64_t count, std::uint64_t stride_bytes);
+  void advance() noexcept;
+
+  // 2^64 elements cannot be hashed, so at most 63 dimensions have more than one.
+  static constexpr std::size_t kLoopsMax = 64;
+  std::array<Loop, kLoopsMax> loops_;  ///< around the runs, innermost first
+  std::size_t loop_count_ = 0;
+  std::uint64_t run_bytes_ = 0;
+  const std::byte* at_ = nullptr;  ///< the next run; null behind the last one
+  std::array<std::byte, 8192> gathered_;
 };
 
 /// Feeds a tensor's bytes to `hasher` in row-major order, whatever its strides. No prefix.

@@ -178,7 +178,7 @@ class Checker::HashJob final : public BackgroundJob {
           if (strided) {
             gathered.insert(gathered.end(), chunk.begin(), chunk.end());
           } else {
-            hasher.update(chunk.data(), chunk.size());
+            hasher.update(chunk);
           }
         });
     if (!read) return fail(read.error());

@@ -254,7 +254,7 @@ TEST(Digest, PiecesOfAnySizeEqualOneShot) {
   for (const std::size_t piece : {1U, 7U, 63U, 64U, 65U, 4096U, 99999U, 100000U}) {
     Hasher sut(DigestKind::raw);
     for (std::size_t at = 0; at < bytes.size(); at += piece) {
-      sut.update(bytes.data() + at, std::min(piece, bytes.size() - at));
+      sut.update(std::as_bytes(std::span(bytes).subspan(at, std::min(piece, bytes.size() - at))));
     }
     EXPECT_EQ(sut.finish().to_hex(), one_shot_sha256(bytes)) << piece;
   }
@@ -264,15 +264,15 @@ TEST(Digest, FinishAndResetMakeTheHasherNew) {
   const Bytes bytes = pattern_bytes(1000);
   for (const DigestKind kind : {DigestKind::raw, DigestKind::xxh3}) {
     Hasher sut(kind);
-    sut.update(bytes.data(), bytes.size());
+    sut.update(std::as_bytes(std::span(bytes)));
     const Digest first = sut.finish();
     EXPECT_EQ(first.length, kind == DigestKind::raw ? 32 : 16);
     sut.update("what a fault interrupted");
     sut.reset();
-    sut.update(bytes.data(), bytes.size());
+    sut.update(std::as_bytes(std::span(bytes)));
     EXPECT_EQ(sut.finish(), first);
     Hasher moved(std::move(sut));
-    moved.update(bytes.data(), bytes.size());
+    moved.update(std::as_bytes(std::span(bytes)));
     EXPECT_EQ(moved.finish(), first);
   }
 }
@@ -365,6 +365,22 @@ TEST(Digest, FaultInTheTensorIsAnErrorAndTheHasherGoesOn) {
       digest = sut.finish();
     }));
     EXPECT_EQ(digest.to_hex(), tensor_hex(kind, rest, Bytes(page, 7)));
+
+    // The same beside a stream that is all there.
+    const Bytes whole = pattern_bytes(3 * page);
+    Hasher beside(kind);
+    EXPECT_FALSE(run_guarded(base, 2 * page, [&] {
+      std::span<const std::byte> from_cut(data, 2 * page);
+      std::span<const std::byte> from_whole = std::as_bytes(std::span(whole));
+      Hasher::update_two(sut, from_cut, beside, from_whole);
+    }));
+    sut.reset();
+    beside.reset();
+    sut.update({data, page});
+    beside.update(std::as_bytes(std::span(whole)));
+    EXPECT_EQ(sut.finish(), digest);
+    EXPECT_EQ(beside.finish().to_hex(),
+              tensor_hex(kind, spec_of("t", DType::uint8, {whole.size()}), whole));
   }
   munmap(base, 2 * page);
   close(fd);
