@@ -219,23 +219,19 @@ Digest digest_tensor(Hasher& hasher, DigestKind kind, const TensorView& tensor) 
   return hasher.finish();
 }
 
-void sort_for_module_digest(std::vector<TensorView>& tensors) {
+bool comes_first(const TensorSpec& a, const TensorSpec& b) noexcept {
   // std::string compares as unsigned bytes, which for UTF-8 is the order of code points.
-  std::sort(tensors.begin(), tensors.end(),
-            [](const TensorView& a, const TensorView& b) { return a.spec->name < b.spec->name; });
+  return a.name < b.name;
 }
 
-Digest digest_sorted_module(Hasher& hasher, const std::vector<TensorView>& tensors) {
+Digest digest_module(Hasher& hasher, std::vector<TensorView> tensors) {
+  std::sort(tensors.begin(), tensors.end(),
+            [](const TensorView& a, const TensorView& b) { return comes_first(*a.spec, *b.spec); });
   for (const TensorView& tensor : tensors) {
     hasher.update(tensor.spec->name);
     update_with_elements(hasher, tensor);
   }
   return hasher.finish();
-}
-
-Digest digest_module(Hasher& hasher, std::vector<TensorView> tensors) {
-  sort_for_module_digest(tensors);
-  return digest_sorted_module(hasher, tensors);
 }
 
 std::uint64_t payload_hash(const void* data, std::size_t bytes) noexcept {

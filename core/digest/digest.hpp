@@ -101,10 +101,8 @@ void update_with_prefix(Hasher& hasher, DigestKind kind, const TensorSpec& spec)
 /// stream.
 [[nodiscard]] Digest digest_module(Hasher& hasher, std::vector<TensorView> tensors);
 
-/// The two halves of digest_module, for memory that may fault: sort before the guarded section,
-/// hash inside it.
-void sort_for_module_digest(std::vector<TensorView>& tensors);
-[[nodiscard]] Digest digest_sorted_module(Hasher& hasher, const std::vector<TensorView>& tensors);
+/// The order of the tensors in a module's digest.
+[[nodiscard]] bool comes_first(const TensorSpec& a, const TensorSpec& b) noexcept;
 
 /// XXH3-64 of a message payload, as the ring's descriptors carry it.
 [[nodiscard]] std::uint64_t payload_hash(const void* data, std::size_t bytes) noexcept;

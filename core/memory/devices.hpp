@@ -2,14 +2,13 @@
 // export, pin host memory, copy, and read back.
 //
 // Behind it stands core/memory/cuda, or nothing where that was not built or the host has no driver;
-// then create() says so and everything else goes on. import(), pin(), open_event() and read() block
-// in the driver and are for background threads; jobs are prepared where their plan is made, and
-// submitted by the loop.
+// then create() says so and everything else goes on. import(), pin(), open_event() and readings
+// block in the driver and are for background threads; jobs are prepared where their plan is made,
+// and submitted by the loop.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
-#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -90,6 +89,16 @@ class DeviceJob {
                    void* context) noexcept = 0;
 };
 
+/// Bytes of device memory on their way to a CPU, for one thread at a time. It may be destroyed
+/// before all of them came.
+class DeviceReading {
+ public:
+  virtual ~DeviceReading() = default;
+  /// The next ones, in order, in a span that lives until the next call; none behind the last.
+  /// Errors: Errc::cuda, and then no call more.
+  [[nodiscard]] virtual Result<std::span<const std::byte>> next() = 0;
+};
+
 struct DeviceOptions {
   bool legacy_across_uids = false;  ///< take legacy handles of other users' processes
 };
@@ -118,10 +127,11 @@ class Devices {
   /// Starts jobs that are armed: the devices have all of them before one is waited for. One thread
   /// at a time. Allocates nothing that a call with as many jobs did not before.
   virtual void submit(std::span<DeviceJob* const> jobs) noexcept = 0;
-  /// Hands out the bytes of [begin, begin + bytes) of `range` in order, in spans that live as long
-  /// as the call of `take`. Any thread.
-  virtual Result<void> read(const DeviceRange& range, std::uint64_t begin, std::uint64_t bytes,
-                            const std::function<void(std::span<const std::byte>)>& take) = 0;
+  /// Begins to read [begin, begin + bytes) of `range`; what is next is copied while the reader is
+  /// at what it has. Any thread.
+  [[nodiscard]] virtual Result<std::unique_ptr<DeviceReading>> read(const DeviceRange& range,
+                                                                    std::uint64_t begin,
+                                                                    std::uint64_t bytes) = 0;
   /// How far the thread is that asks the devices for copies, for whoever watches that it gets on.
   /// Waiting for a device is not hanging.
   [[nodiscard]] virtual WorkerReading read_worker() noexcept = 0;

@@ -1,9 +1,9 @@
 // Checker: digests of what is really in an engine's memory, on request.
 //
-// The loop thread decides, the background pool hashes; tensors are hashed in parallel. A check
-// shares its engine with other checks and keeps refits out while it reads, so that what it reports
-// is one version. It does not keep layers from moving: a device place counts if the engine's word
-// for it is the same before and after it was hashed; what moves all the time is absent.
+// The loop thread decides, the background pool hashes (hashing.hpp). A check shares its engine with
+// other checks and keeps refits out while it reads, so that what it reports is one version. It does
+// not keep layers from moving: a device place counts if the engine's word for it is the same before
+// and after it was hashed; what moves all the time is absent.
 #pragma once
 
 #include <memory>
@@ -11,7 +11,6 @@
 #include <string>
 #include <vector>
 
-#include "digest/digest.hpp"
 #include "server/background_pool.hpp"
 #include "server/device_access.hpp"
 #include "server/registry.hpp"
@@ -47,7 +46,6 @@ class Checker {
 
  private:
   class CheckOperation;
-  class HashJob;
 
   Result<std::unique_ptr<CheckOperation>> prepare(Session& asker, std::uint64_t request_id,
                                                   std::string_view engine, std::string_view module,

@@ -166,6 +166,31 @@ TEST_P(Refit, DigestOfAStridedTensorIsThatOfItsRowMajorBytes) {
   EXPECT_EQ(report.tensors[0].second.to_hex(), sha256_hex(row_major));
 }
 
+// Goal: streams that are hashed side by side stay apart, and each is whole. Method: many small
+// tensors between a few that take several chunks of a device's; none is a multiple of a block.
+TEST_P(Refit, DigestsOfManyTensorsOfAllLengthsAreEachTheirOwn) {
+  std::vector<TensorShape> tensors;
+  for (std::uint64_t i = 0; i < 150; ++i) {
+    const std::uint64_t bytes = i % 50 == 7 ? 5'000'011 * (i / 50 + 1) : i * i * 13 % 20'011;
+    tensors.push_back({"tensor." + std::to_string(1000 + i), DType::uint8, {bytes}});
+  }
+  Model target("transformer", tensors);
+  target.fill(3);
+  Engine engine = make_engine("flux", target);
+  Observer observer = make_observer();
+  DigestRequest request{"flux", "transformer", DigestKind::raw};
+  request.per_module = true;
+  const auto report = must(observer.digest(request, soon()));
+  ASSERT_EQ(report.tensors.size(), tensors.size());
+  std::string module;
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    const std::string bytes = bytes_of_tensor(target, i);
+    EXPECT_EQ(report.tensors[i].second.to_hex(), sha256_hex(bytes)) << tensors[i].name;
+    module += tensors[i].name + bytes;
+  }
+  EXPECT_EQ(report.module.to_hex(), sha256_hex(module));
+}
+
 TEST_P(Refit, FastDigestHas128BitsAndSeesEveryChange) {
   Model target("transformer", small_tensors());
   target.fill(1);

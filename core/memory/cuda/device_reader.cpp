@@ -44,50 +44,71 @@ DeviceReader::~DeviceReader() {
   if (stream_ != nullptr) driver_.stream_destroy(stream_);
 }
 
-Result<void> DeviceReader::read_chunks(CUdeviceptr address, std::uint64_t bytes, TakeChunk take,
-                                       void* context) {
+std::span<std::byte> DeviceReader::half(std::uint64_t chunk) const noexcept {
+  const std::uint64_t size = std::min(chunk_bytes_, bytes_ - chunk * chunk_bytes_);
+  const std::uint64_t index = test_point("fence.digest_swap") ? 0 : chunk % 2;
+  return buffer_.subspan(index * chunk_bytes_, size);
+}
+
+template <typename Body>
+Result<void> DeviceReader::drive(Body&& body) {
   const auto what = [this](const char* call) {
     return "reading " + context_->device().label() + " (" + call + ")";
   };
   if (broken_ != CUDA_SUCCESS) return fail_cuda(driver_, what("after one that failed"), broken_);
   const auto current = Current::enter(*context_);
   CUresult code = current ? CUDA_SUCCESS : static_cast<CUresult>(current.error().native);
-  const char* failed = "cuCtxPushCurrent";
-  if (current) {
-    failed = pump(address, bytes, take, context, code);
-    if (failed == nullptr) return {};
-    // The buffer is used again: nothing may write to it any more.
-    if (driver_.stream_synchronize(stream_) != CUDA_SUCCESS) broken_ = code;
-  }
+  const char* const failed = current ? body(code) : "cuCtxPushCurrent";
+  if (failed == nullptr) return {};
+  chunks_ = handed_out_ = begun_ = 0;
+  // The buffer is used again: nothing may write to it any more.
+  if (current && driver_.stream_synchronize(stream_) != CUDA_SUCCESS) broken_ = code;
   if (is_sticky(code)) broken_ = code;
   return fail_cuda(driver_, what(failed), code);
 }
 
-const char* DeviceReader::pump(CUdeviceptr address, std::uint64_t bytes, TakeChunk take,
-                               void* context, CUresult& code) noexcept {
-  const std::uint64_t chunks = bytes / chunk_bytes_ + (bytes % chunk_bytes_ != 0 ? 1 : 0);
-  const auto half = [&](std::uint64_t chunk) {
-    const std::uint64_t size = std::min(chunk_bytes_, bytes - chunk * chunk_bytes_);
-    return buffer_.subspan(chunk % 2 * chunk_bytes_, size);
-  };
-  const auto copy = [&](std::uint64_t chunk) -> const char* {
-    const std::span<std::byte> to = half(chunk);
-    code = driver_.memcpy_async(reinterpret_cast<CUdeviceptr>(to.data()),
-                                address + chunk * chunk_bytes_, to.size(), stream_);
-    if (code != CUDA_SUCCESS) return "cuMemcpyAsync";
-    code = driver_.event_record(copied_[chunk % 2], stream_);
-    return code != CUDA_SUCCESS ? "cuEventRecord" : nullptr;
-  };
-  for (std::uint64_t chunk = 0; chunk < chunks; ++chunk) {
-    const char* failed = chunk == 0 ? copy(0) : nullptr;
+const char* DeviceReader::copy_next(CUresult& code) noexcept {
+  const std::span<std::byte> to = half(begun_);
+  code = driver_.memcpy_async(reinterpret_cast<CUdeviceptr>(to.data()),
+                              address_ + begun_ * chunk_bytes_, to.size(), stream_);
+  if (code != CUDA_SUCCESS) return "cuMemcpyAsync";
+  code = driver_.event_record(copied_[begun_ % 2], stream_);
+  ++begun_;
+  return code != CUDA_SUCCESS ? "cuEventRecord" : nullptr;
+}
+
+Result<void> DeviceReader::begin(CUdeviceptr address, std::uint64_t bytes) {
+  REFIT_TRY(stop());
+  return drive([&](CUresult& code) -> const char* {
+    address_ = address;
+    bytes_ = bytes;
+    chunks_ = bytes / chunk_bytes_ + (bytes % chunk_bytes_ != 0 ? 1 : 0);
+    return chunks_ > 0 ? copy_next(code) : nullptr;
+  });
+}
+
+Result<std::span<const std::byte>> DeviceReader::next() {
+  if (handed_out_ == chunks_) return std::span<const std::byte>{};
+  REFIT_TRY(drive([&](CUresult& code) -> const char* {
     // Into the half that was handed out before this one.
-    if (failed == nullptr && chunk + 1 < chunks) failed = copy(chunk + 1);
-    if (failed != nullptr) return failed;
-    if (!test_point("fence.digest_chunk")) code = driver_.event_synchronize(copied_[chunk % 2]);
-    if (code != CUDA_SUCCESS) return "cuEventSynchronize";
-    take(context, half(chunk));
-  }
-  return nullptr;
+    if (begun_ < chunks_) {
+      if (const char* const failed = copy_next(code)) return failed;
+    }
+    if (!test_point("fence.digest_chunk"))
+      code = driver_.event_synchronize(copied_[handed_out_ % 2]);
+    return code != CUDA_SUCCESS ? "cuEventSynchronize" : nullptr;
+  }));
+  return half(handed_out_++);
+}
+
+Result<void> DeviceReader::stop() {
+  const bool copying = begun_ > handed_out_;
+  chunks_ = handed_out_ = begun_ = 0;
+  if (!copying || test_point("fence.digest_stop")) return {};
+  return drive([&](CUresult& code) -> const char* {
+    code = driver_.stream_synchronize(stream_);
+    return code != CUDA_SUCCESS ? "cuStreamSynchronize" : nullptr;
+  });
 }
 
 }  // namespace refit::cuda

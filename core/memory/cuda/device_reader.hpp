@@ -10,7 +10,6 @@
 #include <cstdint>
 #include <memory>
 #include <span>
-#include <type_traits>
 
 #include "memory/cuda/device.hpp"
 #include "refit/result.hpp"
@@ -28,32 +27,30 @@ class DeviceReader {
   DeviceReader(const DeviceReader&) = delete;
   DeviceReader& operator=(const DeviceReader&) = delete;
 
-  /// Hands out `bytes` bytes from `address` on, in order; `take` has each span only during its
-  /// call. What it reads was written before by work that is done: it waits for no stream.
+  /// Begins to read `bytes` bytes from `address` on, and gives up what it read before. What it
+  /// reads was written before by work that is done: it waits for no stream of others.
   ///
-  /// Errors: Errc::cuda, with the CUresult; some of the bytes may have been handed out, and none is
-  /// being copied any more, but where the error is sticky: the next read fails then, too. Blocks
-  /// until all is read. Allocates nothing unless it fails.
-  template <typename Take>
-  [[nodiscard]] Result<void> read(CUdeviceptr address, std::uint64_t bytes, Take&& take) {
-    return read_chunks(
-        address, bytes,
-        [](void* context, std::span<const std::byte> chunk) {
-          (*static_cast<std::remove_reference_t<Take>*>(context))(chunk);
-        },
-        const_cast<void*>(static_cast<const void*>(std::addressof(take))));
-  }
+  /// Errors: Errc::cuda, with the CUresult. None of the bytes is being copied any more then, but
+  /// where the error is sticky: the next call fails then, too.
+  [[nodiscard]] Result<void> begin(CUdeviceptr address, std::uint64_t bytes);
+
+  /// The next of them, in order, in a span that lives until the next call; none behind the last.
+  /// Errors as of begin(), which is what may be called then. Blocks until they are there. Allocates
+  /// nothing unless it fails.
+  [[nodiscard]] Result<std::span<const std::byte>> next();
+
+  /// Gives up what is being read, so that nothing writes to the buffer any more. Errors as of
+  /// begin().
+  [[nodiscard]] Result<void> stop();
 
  private:
-  using TakeChunk = void (*)(void* context, std::span<const std::byte> chunk);
-
   DeviceReader(std::shared_ptr<const Context> context, std::span<std::byte> buffer) noexcept;
   [[nodiscard]] Result<void> open();
-  [[nodiscard]] Result<void> read_chunks(CUdeviceptr address, std::uint64_t bytes, TakeChunk take,
-                                         void* context);
-  /// The call that failed, or null.
-  [[nodiscard]] const char* pump(CUdeviceptr address, std::uint64_t bytes, TakeChunk take,
-                                 void* context, CUresult& code) noexcept;
+  [[nodiscard]] std::span<std::byte> half(std::uint64_t chunk) const noexcept;
+  /// Calls `body` in the context; it returns the driver call that failed, or null.
+  template <typename Body>
+  [[nodiscard]] Result<void> drive(Body&& body);
+  [[nodiscard]] const char* copy_next(CUresult& code) noexcept;
 
   const std::shared_ptr<const Context> context_;
   const Driver& driver_;
@@ -61,6 +58,12 @@ class DeviceReader {
   std::uint64_t chunk_bytes_;
   CUstream stream_ = nullptr;
   std::array<CUevent, 2> copied_{};  // of each half
+
+  CUdeviceptr address_ = 0;
+  std::uint64_t bytes_ = 0;
+  std::uint64_t chunks_ = 0;
+  std::uint64_t begun_ = 0;       // chunks whose copies were begun
+  std::uint64_t handed_out_ = 0;  // the last of them may still be in use
   CUresult broken_ = CUDA_SUCCESS;
 };
 

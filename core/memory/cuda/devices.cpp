@@ -15,8 +15,8 @@
 namespace refit::cuda {
 namespace {
 
-/// Of a reader: two chunks.
-constexpr std::size_t kReadBytes = std::size_t{8} << 20;
+/// Of a reader: two chunks. Each thread that hashes has two readers on each device.
+constexpr std::size_t kReadBytes = std::size_t{4} << 20;
 
 std::byte* pointer_of(CUdeviceptr address) noexcept {
   // NOLINTNEXTLINE(performance-no-int-to-ptr): the driver's addresses are numbers
@@ -151,25 +151,55 @@ class CudaDevices final : public refit::Devices {
     copier_->submit(submitted_);
   }
 
-  Result<void> read(const DeviceRange& range, std::uint64_t begin, std::uint64_t bytes,
-                    const std::function<void(std::span<const std::byte>)>& take) override {
+  Result<std::unique_ptr<DeviceReading>> read(const DeviceRange& range, std::uint64_t begin,
+                                              std::uint64_t bytes) override {
     REFIT_TRY_ASSIGN(auto reader, take_reader(range.device()));
-    auto outcome = reader->reader->read(address_of(range.address()) + begin, bytes, take);
-    const std::lock_guard lock(mutex_);
-    if (outcome) readers_.push_back(std::move(reader));
-    return outcome;
+    auto reading = std::make_unique<Reading>(*this, std::move(reader));
+    REFIT_TRY(reading->begin(address_of(range.address()) + begin, bytes));
+    return std::unique_ptr<DeviceReading>(std::move(reading));
   }
 
   [[nodiscard]] WorkerReading read_worker() noexcept override { return copier_->read_worker(); }
 
  private:
-  /// A reader and its pinned memory; one for each thread that reads at once.
+  /// A reader and its pinned memory; one for each reading at a time.
   struct Reader {
     int device = 0;
     std::unique_ptr<std::byte[], void (*)(std::byte*)> memory{nullptr, nullptr};
     std::unique_ptr<PinnedRange> pinned;
     std::unique_ptr<DeviceReader> reader;
   };
+
+  /// What takes a reader, and gives it back unless it failed.
+  class Reading final : public DeviceReading {
+   public:
+    Reading(CudaDevices& owner, std::unique_ptr<Reader> reader)
+        : owner_(owner), reader_(std::move(reader)) {}
+    ~Reading() override {
+      if (reader_ != nullptr && reader_->reader->stop()) owner_.give_back(std::move(reader_));
+    }
+    Reading(const Reading&) = delete;
+    Reading& operator=(const Reading&) = delete;
+
+    Result<void> begin(CUdeviceptr address, std::uint64_t bytes) {
+      return kept(reader_->reader->begin(address, bytes));
+    }
+    Result<std::span<const std::byte>> next() override { return kept(reader_->reader->next()); }
+
+   private:
+    template <typename Outcome>
+    Outcome kept(Outcome outcome) {
+      if (!outcome) reader_.reset();
+      return outcome;
+    }
+    CudaDevices& owner_;
+    std::unique_ptr<Reader> reader_;
+  };
+
+  void give_back(std::unique_ptr<Reader> reader) {
+    const std::lock_guard lock(mutex_);
+    readers_.push_back(std::move(reader));
+  }
 
   Result<std::unique_ptr<Reader>> take_reader(int ordinal) {
     {

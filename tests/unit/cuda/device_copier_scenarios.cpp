@@ -435,6 +435,16 @@ void waiting() {
 
 // ---- the reader
 
+template <typename Take>
+Result<void> read_all(DeviceReader& reader, CUdeviceptr address, std::uint64_t bytes, Take&& take) {
+  REFIT_TRY(reader.begin(address, bytes));
+  for (;;) {
+    REFIT_TRY_ASSIGN(const auto chunk, reader.next());
+    if (chunk.empty()) return {};
+    take(chunk);
+  }
+}
+
 void reader() {
   const Rig rig;
   Memory device(rig, 1, 5000);
@@ -446,7 +456,9 @@ void reader() {
     for (const std::size_t bytes : {0U, 1U, 2U, 3U, 499U, 500U, 501U, 1000U, 1001U, 4997U}) {
       if (bytes > 500 * buffer_bytes) continue;
       Buffer read;
-      const auto result = sut->read(device.end.address + 3, bytes, [&](auto chunk) {
+      // What was begun before is given up.
+      EXPECT_TRUE(sut->begin(device.end.address, std::min<std::uint64_t>(buffer_bytes, 5000)));
+      const auto result = read_all(*sut, device.end.address + 3, bytes, [&](auto chunk) {
         EXPECT_LE(chunk.size(), buffer_bytes / 2);
         read.insert(read.end(), chunk.begin(), chunk.end());
       });
@@ -501,13 +513,20 @@ bool fenced_copy_is_right() {
   const Buffer numbers = numbered(2 * kBytes, 5);
   target.set(numbers);
   Buffer read;
-  right = reader->read(target.end.address, 2 * kBytes, [&](auto chunk) {
-    read.insert(read.end(), chunk.begin(), chunk.end());
-  }) && right;
+  right = read_all(*reader, target.end.address, 2 * kBytes,
+                   [&](auto chunk) { read.insert(read.end(), chunk.begin(), chunk.end()); }) &&
+          right;
   right = read == numbers && right;
+
+  // One that is given up while the next chunk is copied: the buffer is its owner's again.
+  right =
+      reader->begin(target.end.address, 2 * kBytes) && reader->next() && reader->stop() && right;
+  const Buffer own(1 << 12, std::byte{0x11});
+  buffer.set(own);
 
   // What was not waited for runs now, and must not change anything.
   rig.finish_everything();
+  right = buffer.get() == own && right;
   right = target.get() == numbers && right;
   right = other_target.get() == Buffer(kBytes, std::byte{0x77}) && right;
   return right;
@@ -599,7 +618,7 @@ void failure() {
     const auto reading = must(DeviceReader::create(rig.contexts[0], buffer.host()));
     strike();
     const auto read = [&] {
-      const auto result = reading->read(first.end.address, kBytes, [](auto) {});
+      const auto result = read_all(*reading, first.end.address, kBytes, [](auto) {});
       return result ? std::string("ok") : result.error().to_string();
     };
     std::printf("read: %s\n", read().c_str());

@@ -125,7 +125,8 @@ TEST(Fences, InPlaceTheyAreEnoughForEverySeedAndSchedule) {
   EXPECT_TRUE(end.says("wrong 0 of 100")) << end.output;
 }
 TEST(Fences, EachOneLeftOutShowsAsWrongBytes) {
-  for (const char* name : {"source", "engine", "done", "digest_chunk"}) {
+  for (const char* name :
+       {"source", "engine", "done", "digest_chunk", "digest_swap", "digest_stop"}) {
     const End end = run("fences", {{"REFIT_POINT", std::string("fence.") + name + "=skip"}});
     EXPECT_EQ(end.code, 0) << end.output;
     EXPECT_TRUE(end.says("wrong ")) << end.output;
