@@ -30,7 +30,9 @@ std::string first_line_value(const std::string& path, const std::string& key) {
 ordered_json machine() {
   utsname name{};
   ::uname(&name);
+  const std::string flags = first_line_value("/proc/cpuinfo", "flags") + ' ';
   return {{"cpu", first_line_value("/proc/cpuinfo", "model name")},
+          {"sha_ni", flags.find(" sha_ni ") != std::string::npos},
           {"cores", allowed_cores().size()},
           {"memory", first_line_value("/proc/meminfo", "MemTotal")},
           {"kernel", name.release},
@@ -54,6 +56,8 @@ ordered_json empty_figures(const Model& model, const Options& options) {
                           "check_s",
                           "check_GBps",
                           "sha256_one_stream_GBps",
+                          "check_xxh3_GBps",
+                          "read_GBps",
                           "ring_rtt_ns",
                           "reconnect_ms",
                           "daemon_private_MiB",
@@ -72,6 +76,7 @@ ordered_json empty_figures(const Model& model, const Options& options) {
                           "populate_4k_ms_per_GB",
                           "populate_4k_over_madvise",
                           "check_over_floor",
+                          "check_xxh3_over_read",
                           "daemon_page_tables_MiB",
                           "tensor_huge_page_fraction",
                           "memcpy_methods_s",

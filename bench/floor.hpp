@@ -1,4 +1,5 @@
-// The floor of every figure: the fastest plain copy of the same bytes that this machine offers.
+// The floor of every figure: the fastest plain copy of the same bytes that this machine offers, and
+// for what only reads them the fastest reading.
 //
 // One CopyTeam per process, driven by one thread; its workers are pinned to distinct cores and
 // sleep between copies. It shares no code with the daemon's copy, so that it cannot share its
@@ -65,6 +66,10 @@ class CopyTeam {
   struct Shared;
   std::unique_ptr<Shared> shared_;
 };
+
+/// Reads every line of these bytes on all cores: one after the other, the same with a prefetch 2
+/// KiB ahead, and four pages at once. The seconds that the fastest of the three took.
+[[nodiscard]] double read_all(const std::byte* data, std::size_t bytes);
 
 /// Runs `work(index)` for every index below `count` on all cores, in order of index, and returns
 /// when all are done.

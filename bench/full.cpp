@@ -133,7 +133,7 @@ Result<void> measure_pairs(Bench& bench, Pair& pair, double best_s) {
 }
 
 Result<void> measure_check(Bench& bench, Pair& pair) {
-  bench.progress("check of all tensors, beside one OpenSSL stream over the same pages");
+  bench.progress("check of all tensors, beside one OpenSSL stream and a reading of the same pages");
   // The last write to the target must be the daemon's, not the floor's.
   REFIT_TRY(pair.refits(1));
   const json command = {{"command", "check"},
@@ -147,6 +147,11 @@ Result<void> measure_check(Bench& bench, Pair& pair) {
   bench.figures["check_GBps"] = gigabytes / median(check_s);
   bench.figures["sha256_one_stream_GBps"] = gigabytes / median(stream_s);
   bench.figures["check_over_floor"] = median(ratios(stream_s, check_s)) / cores;
+  const auto xxh3_s = message.body.at("xxh3_s").get<Samples>();
+  const auto read_s = message.body.at("read_s").get<Samples>();
+  bench.figures["check_xxh3_GBps"] = gigabytes / median(xxh3_s);
+  bench.figures["read_GBps"] = gigabytes / median(read_s);
+  bench.figures["check_xxh3_over_read"] = median(ratios(read_s, xxh3_s));
   bench.figures["digests_verified"] = message.body.at("verified");
   return {};
 }
@@ -175,7 +180,9 @@ bool fits(Bench& bench) {
       {"refit",
        {"refit_s", "memcpy_s", "refit_over_memcpy", "daemon_private_MiB", "daemon_memfd_MiB",
         "page_bytes"}},
-      {"check", {"check_s", "check_GBps", "check_over_floor", "sha256_one_stream_GBps"}},
+      {"check",
+       {"check_s", "check_GBps", "check_over_floor", "sha256_one_stream_GBps", "check_xxh3_GBps",
+        "read_GBps", "check_xxh3_over_read"}},
       {"counts",
        {"allocations_per_refit.full", "page_faults_per_refit.full", "syscalls_per_refit.full",
         "yields_per_refit.full", "opens_per_refit.full"}},

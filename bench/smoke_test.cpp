@@ -74,6 +74,8 @@ TEST_F(BenchSmoke, WholeRunVerifiesEveryTensorAndReportsEveryKey) {
                           "check_s",
                           "check_GBps",
                           "sha256_one_stream_GBps",
+                          "check_xxh3_GBps",
+                          "read_GBps",
                           "ring_rtt_ns",
                           "reconnect_ms",
                           "daemon_private_MiB",

@@ -340,14 +340,14 @@ class TrainerRole {
   }
 
   /// The ring's check and the ring's digests against hashes of the source that OpenSSL computed
-  /// here, and one OpenSSL stream over the target's pages.
+  /// here; one OpenSSL stream over the target's pages, and a reading of them beside XXH3 of them.
   Result<void> check(int times, json& reply) {
     const std::vector<Sha256> expected = expected_sha256(holding_.model, holding_.source);
     CheckRequest request{kEngineName, kModuleName, DigestKind::raw, {}};
     for (std::size_t i = 0; i < expected.size(); ++i) {
       request.expected.emplace_back(holding_.model.target[i].name, Digest{expected[i], 32});
     }
-    Samples check_s, stream_s;
+    Samples check_s, stream_s, xxh3_s, read_s;
     for (int i = 0; i < times; ++i) {
       std::optional<Result<CheckReport>> report;
       check_s.push_back(
@@ -364,9 +364,22 @@ class TrainerRole {
       stream_s.push_back(
           seconds_of([&] { (void)sha256_stream(holding_.target.data, floor_bytes()); }));
     }
+    for (int i = 0; i < 3 * times; ++i) {
+      Result<DigestReport> fast;
+      xxh3_s.push_back(seconds_of([&] {
+        fast = trainer_->digest({kEngineName, kModuleName, DigestKind::xxh3, {}, false},
+                                Deadline::in(kCallTimeout));
+      }));
+      REFIT_TRY(fast);
+      read_s.push_back(read_all(holding_.target.data, floor_bytes()));
+    }
     REFIT_TRY(compare_digests(expected));
     REFIT_TRY(prove_check_can_fail(request));
-    reply = {{"check_s", check_s}, {"stream_s", stream_s}, {"verified", expected.size()}};
+    reply = {{"check_s", check_s},
+             {"stream_s", stream_s},
+             {"xxh3_s", xxh3_s},
+             {"read_s", read_s},
+             {"verified", expected.size()}};
     return {};
   }
 

@@ -8,6 +8,11 @@ find_package(nlohmann_json 3.11 REQUIRED)
 find_package(CLI11 REQUIRED)
 find_package(tl-expected REQUIRED)  # package libexpected-dev
 pkg_check_modules(XXHASH REQUIRED IMPORTED_TARGET libxxhash)
+# XXH3 by the widest registers of the CPU that it runs on, where the library was built with that.
+include(CheckCXXSymbolExists)
+set(CMAKE_REQUIRED_LIBRARIES PkgConfig::XXHASH)
+check_cxx_symbol_exists(XXH3_128bits_update_dispatch "xxh_x86dispatch.h" REFIT_XXHASH_DISPATCHES)
+unset(CMAKE_REQUIRED_LIBRARIES)
 pkg_check_modules(SYSTEMD REQUIRED IMPORTED_TARGET libsystemd)
 pkg_check_modules(RE2 REQUIRED IMPORTED_TARGET re2)
 

@@ -5,7 +5,11 @@
 #include "digest/digest.hpp"
 
 #include <openssl/evp.h>
+#ifdef REFIT_XXHASH_DISPATCHES
+#include <xxh_x86dispatch.h>  // the names of xxhash.h, with a choice at run time behind them
+#else
 #include <xxhash.h>
+#endif
 
 #include <algorithm>
 #include <array>
