@@ -49,8 +49,8 @@ INSTANTIATE_TEST_SUITE_P(Schedule, CudaSeeds, ::testing::Values("lazy", "eager",
 
 // ---- each wait, left out
 
-/// How many of the seeds from `first` on leave wrong bytes under `schedule` where the daemon leaves
-/// the wait `name` out; an empty name leaves none out.
+/// How many of the seeds from `first` on leave wrong bytes or digests under `schedule` where the
+/// daemon leaves the wait `name` out; an empty name leaves none out.
 int wrong_seeds(const std::string& socket, const std::string& name, const std::string& schedule,
                 MemoryKind kind, std::uint64_t first, int seeds) {
   int wrong = 0;
@@ -63,7 +63,8 @@ int wrong_seeds(const std::string& socket, const std::string& name, const std::s
     how.environment = {{"FAKECUDA_ROLE", "daemon"}, {"FAKECUDA_ON_VIOLATION", "ignore"}};
     {
       DaemonProcess daemon(socket, how);
-      wrong += run_scenario(socket, kind, seed).wrong_bytes > 0 ? 1 : 0;
+      const ScenarioOutcome outcome = run_scenario(socket, kind, seed);
+      wrong += outcome.wrong_bytes > 0 || outcome.wrong_digests > 0 ? 1 : 0;
     }
     end_of_test();
   }
@@ -78,7 +79,7 @@ class CudaFences : public ::testing::TestWithParam<const char*> {
   std::string socket_ = directory_.path() + "/refitd.sock";
 };
 
-TEST_P(CudaFences, LeftOutShowsAsWrongBytesEveryTime) {
+TEST_P(CudaFences, LeftOutShowsAsWrongBytesOrDigestsEveryTime) {
   for (const MemoryKind kind : memory_kinds()) {
     int wrong = 0;
     for (int i = 0; i < kRepetitions; ++i)
@@ -94,7 +95,8 @@ std::string name_of_wait(const char* wait) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Wait, CudaFences,
-                         ::testing::Values("", "fence.source", "fence.engine", "fence.done"),
+                         ::testing::Values("", "fence.source", "fence.engine", "fence.done",
+                                           "fence.digest_chunk"),
                          [](const auto& test) { return name_of_wait(test.param); });
 
 /// Not a test: what scripts/fence-table prints.

@@ -469,6 +469,25 @@ void reader() {
   }
 }
 
+/// The next chunk is on its way while the reader's owner is at the one before.
+void reader_ahead() {
+  const Rig rig;
+  Memory device(rig, 0, 4096);
+  Memory buffer(rig, CopyEnd::kHost, 2048);
+  const auto sut = must(DeviceReader::create(rig.contexts[0], buffer.host()));
+  const auto copies = [&rig] { return rig.fake.calls("cuMemcpyAsync"); };
+  const std::uint64_t before = copies();
+  EXPECT_TRUE(sut->begin(device.end.address, 4096));
+  EXPECT_EQ(copies(), before + 1);
+  for (std::uint64_t chunk = 0; chunk < 4; ++chunk) {
+    const auto bytes = sut->next();
+    EXPECT_TRUE(bytes && bytes->size() == 1024);
+    EXPECT_EQ(copies(), before + std::min<std::uint64_t>(chunk + 2, 4));
+  }
+  const auto end = sut->next();
+  EXPECT_TRUE(end && end->empty());
+}
+
 // ---- waits
 
 /// A trainer that still writes the source, an engine that still writes the target, and a job from
@@ -676,6 +695,7 @@ constexpr Scenario kScenarios[] = {
     {"exporter", &exporter},
     {"waiting", &waiting},
     {"reader", &reader},
+    {"reader_ahead", &reader_ahead},
     {"fences", &fences},
     {"failure", &failure},
 };

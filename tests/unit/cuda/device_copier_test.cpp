@@ -116,6 +116,7 @@ TEST(DeviceCopier, LetsGoOfAJobBeforeItIsDone) { expect_good("from_done"); }
 TEST(DeviceCopier, FinishesWhatWasSubmittedBeforeItGoes) { expect_good("end"); }
 TEST(DeviceCopier, IsNoHangingWorkerWhileADeviceWaitsForAStoppedTrainer) { expect_good("waiting"); }
 TEST(DeviceReader, ReadsEveryLengthThroughAnySmallBuffer) { expect_good("reader"); }
+TEST(DeviceReader, CopiesTheNextChunkWhileOneIsHandedOut) { expect_good("reader_ahead"); }
 
 // ---- waits
 
