@@ -121,7 +121,10 @@ void Bench::skip(const std::string& key, const std::string& reason) {
 }
 
 json Bench::model_fields(bool cut) const {
-  return {{"manifest", options.manifest}, {"scale", options.scale}, {"cut", cut}};
+  return {{"manifest", options.manifest},
+          {"scale", options.scale},
+          {"cut", cut},
+          {"memory", kHostMemory}};
 }
 
 Result<Pair> Pair::start(const Bench& bench, bool cut) {
@@ -131,9 +134,8 @@ Result<Pair> Pair::start(const Bench& bench, bool cut) {
   command["command"] = "allocate";
   REFIT_TRY_ASSIGN(const Message memory, engine.call(command));
   REFIT_TRY(trainer.call(command));
-  command["command"] = "map_target";
-  command["bytes"] = memory.body.at("bytes");
-  REFIT_TRY(trainer.call(command, memory.fd.get()));
+  REFIT_TRY(trainer.call({{"command", "map_target"}, {"address", memory.body.at("address")}},
+                         memory.fd.get()));
   return Pair{std::move(engine), std::move(trainer)};
 }
 
@@ -151,6 +153,11 @@ Result<double> Pair::attach(const std::string& socket, const std::string& waitin
 
 Result<void> Pair::detach() {
   for (Peer* peer : {&trainer, &engine}) REFIT_TRY(peer->call({{"command", "disconnect"}}));
+  return {};
+}
+
+Result<void> Pair::end() {
+  for (Peer* peer : {&trainer, &engine}) REFIT_TRY(peer->end());
   return {};
 }
 

@@ -13,6 +13,7 @@
 #include "model.hpp"
 #include "process.hpp"
 #include "refit/result.hpp"
+#include "storage.hpp"
 
 namespace refit::bench {
 
@@ -66,6 +67,9 @@ struct Pair {
   /// Both connect and register; the engine then waits in its gate. Seconds of both registrations.
   Result<double> attach(const std::string& socket, const std::string& waiting);
   Result<void> detach();
+  /// Ends both, the trainer first, which has the engine's memory open. Errors: a process that ended
+  /// badly.
+  Result<void> end();
   /// step_us 0: waits in its gate; else steps that long and polls.
   Result<void> open_gate(int step_us);
   Result<void> close_gate();

@@ -13,10 +13,6 @@
 namespace refit::bench {
 namespace {
 
-Unexpected os_error(const char* what) {
-  return Unexpected(Error{Errc::os, errno, std::string(what) + ": " + std::strerror(errno), {}});
-}
-
 Unexpected closed() {
   return fail(Errc::engine_gone, "a process of the benchmark closed its end of the channel");
 }
@@ -25,7 +21,8 @@ Unexpected closed() {
 
 Result<std::pair<Channel, Channel>> Channel::make_pair() {
   int fds[2];
-  if (::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fds) != 0) return os_error("socketpair");
+  if (::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fds) != 0)
+    return fail_os("socketpair", errno);
   return std::pair(Channel(UniqueFd::adopt(fds[0])), Channel(UniqueFd::adopt(fds[1])));
 }
 
@@ -47,14 +44,14 @@ Result<void> Channel::send(const nlohmann::json& body, int fd) {
     std::memcpy(CMSG_DATA(part), &fd, sizeof fd);
   }
   if (::sendmsg(socket_.get(), &message, MSG_NOSIGNAL) != static_cast<ssize_t>(sizeof length)) {
-    return os_error("sendmsg");
+    return fail_os("sendmsg", errno);
   }
   for (std::size_t sent = 0; sent < text.size();) {
     const ssize_t count =
         ::send(socket_.get(), text.data() + sent, text.size() - sent, MSG_NOSIGNAL);
     if (count < 0) {
       if (errno == EINTR) continue;
-      return os_error("send");
+      return fail_os("send", errno);
     }
     sent += static_cast<std::size_t>(count);
   }
@@ -64,7 +61,7 @@ Result<void> Channel::send(const nlohmann::json& body, int fd) {
 Result<std::optional<Message>> Channel::receive(std::chrono::milliseconds timeout) {
   pollfd wait{socket_.get(), POLLIN, 0};
   const int ready = ::poll(&wait, 1, static_cast<int>(timeout.count()));
-  if (ready < 0 && errno != EINTR) return os_error("poll");
+  if (ready < 0 && errno != EINTR) return fail_os("poll", errno);
   if (ready <= 0) return std::optional<Message>();
 
   std::uint64_t length = 0;
@@ -77,7 +74,7 @@ Result<std::optional<Message>> Channel::receive(std::chrono::milliseconds timeou
   message.msg_controllen = sizeof control;
   const ssize_t got = ::recvmsg(socket_.get(), &message, MSG_CMSG_CLOEXEC | MSG_WAITALL);
   if (got == 0) return closed();
-  if (got != static_cast<ssize_t>(sizeof length)) return os_error("recvmsg");
+  if (got != static_cast<ssize_t>(sizeof length)) return fail_os("recvmsg", errno);
   Message result;
   const cmsghdr* part = CMSG_FIRSTHDR(&message);
   if (part != nullptr && part->cmsg_type == SCM_RIGHTS) {
@@ -91,7 +88,7 @@ Result<std::optional<Message>> Channel::receive(std::chrono::milliseconds timeou
     if (count == 0) return closed();
     if (count < 0) {
       if (errno == EINTR) continue;
-      return os_error("recv");
+      return fail_os("recv", errno);
     }
     read += static_cast<std::size_t>(count);
   }

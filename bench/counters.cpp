@@ -26,10 +26,6 @@ namespace {
 
 namespace fs = std::filesystem;
 
-Unexpected os_error(const std::string& what, int native) {
-  return Unexpected(Error{Errc::os, native, what + ": " + std::strerror(native), {}});
-}
-
 std::string proc(pid_t pid, const char* name) {
   return "/proc/" + std::to_string(pid) + "/" + name;
 }
@@ -71,19 +67,19 @@ Result<std::uint64_t> page_faults(pid_t pid) {
   std::string text;
   std::getline(stream, text);
   const auto comm_end = text.rfind(')');
-  if (comm_end == std::string::npos) return os_error("read " + proc(pid, "stat"), ESRCH);
+  if (comm_end == std::string::npos) return fail_os("read " + proc(pid, "stat"), ESRCH);
   std::istringstream rest(text.substr(comm_end + 1));
   std::string state;
   std::int64_t ppid, group, session, tty, terminal, flags, minor, minor_children, major;
   rest >> state >> ppid >> group >> session >> tty >> terminal >> flags >> minor >>
       minor_children >> major;
-  if (!rest) return os_error("parse " + proc(pid, "stat"), EINVAL);
+  if (!rest) return fail_os("parse " + proc(pid, "stat"), EINVAL);
   return static_cast<std::uint64_t>(minor + major);
 }
 
 Result<MemoryUse> memory_use(pid_t pid, const std::string& tensor_label) {
   std::ifstream stream(proc(pid, "smaps"));
-  if (!stream) return os_error("open " + proc(pid, "smaps"), errno);
+  if (!stream) return fail_os("open " + proc(pid, "smaps"), errno);
   MemoryUse use;
   std::uint64_t private_kib = 0, session_kib = 0, tensor_kib = 0, huge_kib = 0;
   enum class Kind { other, session, tensor, foreign } kind = Kind::other;
@@ -137,7 +133,7 @@ Result<void> pin_all_threads(pid_t pid, int core) {
   const cpu_set_t set = only_core(core);
   for (const pid_t thread : threads_of(pid)) {
     if (::sched_setaffinity(thread, sizeof set, &set) != 0)
-      return os_error("sched_setaffinity", errno);
+      return fail_os("sched_setaffinity", errno);
   }
   return {};
 }
@@ -147,9 +143,9 @@ Result<AllocationCounter> AllocationCounter::make(const TemporaryDirectory& dire
   const std::string path = directory.path() + "/allocations-" + std::to_string(++count);
   const UniqueFd fd =
       UniqueFd::adopt(::open(path.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600));
-  if (!fd || ::ftruncate(fd.get(), 4096) != 0) return os_error("create " + path, errno);
+  if (!fd || ::ftruncate(fd.get(), 4096) != 0) return fail_os("create " + path, errno);
   void* page = ::mmap(nullptr, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, fd.get(), 0);
-  if (page == MAP_FAILED) return os_error("mmap " + path, errno);
+  if (page == MAP_FAILED) return fail_os("mmap " + path, errno);
   return AllocationCounter(path, page);
 }
 

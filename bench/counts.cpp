@@ -70,9 +70,12 @@ Result<void> count_per_refit(Bench& bench, Pair& pair, const std::string& size, 
   if (!can_preload) bench.skip("allocations_per_refit." + size, "'" + library + "' was not built");
 
   REFIT_TRY_ASSIGN(const AllocationCounter allocations, AllocationCounter::make(bench.directory));
-  REFIT_TRY_ASSIGN(Daemon daemon, Daemon::start({bench.options.refitd, "adaptive",
-                                                 can_preload ? library : "", allocations.path()},
-                                                bench.directory));
+  DaemonOptions options{bench.options.refitd};
+  if (can_preload) {
+    options.environment = {{"LD_PRELOAD", library},
+                           {"REFIT_BENCH_ALLOCATIONS", allocations.path()}};
+  }
+  REFIT_TRY_ASSIGN(Daemon daemon, Daemon::start(options, bench.directory));
   REFIT_TRY(pair.attach(daemon.socket(), "adaptive"));
   REFIT_TRY(pair.refits(bench.times(10, 3)));
 

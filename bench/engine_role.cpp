@@ -8,84 +8,43 @@
 #include <refit/engine.hpp>
 
 #include "roles.hpp"
-#include "stats.hpp"
 
 namespace refit::bench {
 namespace {
 
-using nlohmann::json;
 using std::chrono::milliseconds;
 
-class EngineRole {
+class EngineRole final : public Role {
  public:
-  explicit EngineRole(Channel channel) : channel_(std::move(channel)) {}
+  explicit EngineRole(Channel channel) : Role(std::move(channel), /*filled_with=*/2) {
+    on("gate", [this](Message& command, Reply&) -> Result<void> {
+      idle_ = command.body.at("idle").get<bool>();
+      step_ = std::chrono::microseconds(command.body.value("step_us", 0));
+      return {};
+    });
+  }
 
   int run() {
-    while (!quit_) {
-      auto message = channel_.receive(idle_ ? milliseconds(-1) : milliseconds(0));
-      if (!message) return 1;
-      if (*message && !answer((*message)->body)) return 1;
-      if (idle_ || quit_) continue;
+    while (serve(idle_ ? milliseconds(-1) : milliseconds(0))) {
+      if (idle_) continue;
       if (auto stood = stand_in_gate(); !stood) {
-        gate_error_ = stood.error().to_string();
+        report(stood.error());
         idle_ = true;
       }
     }
-    return 0;
+    return status();
   }
 
  private:
-  bool answer(const json& command) {
-    int fd = -1;
-    json reply;
-    auto done = handle(command, reply, fd);
-    if (done && !gate_error_.empty()) done = fail(Errc::os, "in its gate: " + gate_error_);
-    if (!done) reply = error_reply(done.error());
-    return channel_.send(reply, fd).has_value();
+  Result<std::unique_ptr<Storage>> allocate() override {
+    return kind().target(side_of(model().target));
   }
-
-  Result<void> handle(const json& command, json& reply, int& fd) {
-    const std::string name = command.at("command").get<std::string>();
-    if (name == "allocate") {
-      REFIT_TRY(allocate(command));
-      fd = holding_.memory->fd();
-      reply["bytes"] = holding_.memory->bytes();
-      return {};
-    }
-    if (name == "connect") return connect(command);
-    if (name == "register") return register_module(reply);
-    if (name == "register_often") return register_often(command.at("times").get<int>(), reply);
-    if (name == "gate") {
-      idle_ = command.at("idle").get<bool>();
-      step_ = std::chrono::microseconds(command.value("step_us", 0));
-      return {};
-    }
-    if (name == "disconnect") {
-      idle_ = true;
-      engine_.reset();
-      return {};
-    }
-    if (name == "quit") {
-      quit_ = true;
-      return {};
-    }
-    return fail(Errc::bad_argument, "no such command: " + name);
-  }
-
-  Result<void> allocate(const json& command) {
-    REFIT_TRY_ASSIGN(holding_.model, model_of(command));
-    holding_.target.layout = layout_of(holding_.model.target, command.at("cut").get<bool>());
-    REFIT_TRY_ASSIGN(holding_.memory,
-                     SharedMemory::allocate(holding_.target.layout.bytes, kTensorLabel));
-    holding_.target.data = holding_.memory->data();
-    fill(holding_.target.data, holding_.target.layout.bytes, /*seed=*/2);
-    return {};
+  Result<ModuleSpec> module_in(const Storage& storage, const std::string& name) override {
+    return storage.module(name);
   }
 
   /// A session that just ended may hold the engine's name for a moment longer.
-  Result<void> connect(const json& command) {
-    REFIT_TRY_ASSIGN(const Waiting waiting, waiting_of(command));
-    const ConnectOptions options{command.at("socket").get<std::string>(), waiting};
+  Result<void> connect(const ConnectOptions& options) override {
     const Deadline patience = Deadline::in(std::chrono::seconds(5));
     while (true) {
       auto engine = Engine::connect(kEngineName, options, Deadline::in(kCallTimeout));
@@ -99,35 +58,15 @@ class EngineRole {
       ::usleep(2000);
     }
   }
-
-  Result<void> register_module(json& reply) {
-    REFIT_TRY_ASSIGN(const ModuleSpec module,
-                     module_of(kModuleName, holding_.model, holding_.model.target,
-                               holding_.target.layout, holding_.memory));
-    Result<void> registered;
-    reply["seconds"] = seconds_of(
-        [&] { registered = engine_->register_module(module, Deadline::in(kCallTimeout)); });
-    return registered;
+  void disconnect() override {
+    idle_ = true;
+    engine_.reset();
   }
-
-  /// In memory of their own: no two modules of an engine may share any.
-  Result<void> register_often(int times, json& reply) {
-    REFIT_TRY_ASSIGN(const auto memory,
-                     SharedMemory::allocate(holding_.target.layout.bytes, kTensorLabel));
-    Samples samples;
-    for (int i = 0; i < times; ++i) {
-      const std::string name = "again-" + std::to_string(i);
-      REFIT_TRY_ASSIGN(
-          const ModuleSpec module,
-          module_of(name, holding_.model, holding_.model.target, holding_.target.layout, memory));
-      Result<void> registered;
-      samples.push_back(seconds_of(
-          [&] { registered = engine_->register_module(module, Deadline::in(kCallTimeout)); }));
-      REFIT_TRY(registered);
-      REFIT_TRY(engine_->unregister_module(name, Deadline::in(kCallTimeout)));
-    }
-    reply["seconds"] = samples;
-    return {};
+  Result<void> register_module(const ModuleSpec& module) override {
+    return engine_->register_module(module, Deadline::in(kCallTimeout));
+  }
+  Result<void> unregister_module(const std::string& module) override {
+    return engine_->unregister_module(module, Deadline::in(kCallTimeout));
   }
 
   /// Some gates, then back to look for a command. While refits come one after the other it stays,
@@ -153,13 +92,9 @@ class EngineRole {
     return {};
   }
 
-  Channel channel_;
-  Holding holding_;
   std::optional<Engine> engine_;
   bool idle_ = true;
-  bool quit_ = false;
   std::chrono::microseconds step_{0};
-  std::string gate_error_;
 };
 
 }  // namespace

@@ -210,7 +210,7 @@ Result<void> measure_full(Bench& bench) {
   REFIT_TRY_ASSIGN(Pair pair, Pair::start(bench, /*cut=*/false));
   if (attach || refit || check) {
     REFIT_TRY_ASSIGN(Daemon daemon,
-                     Daemon::start({bench.options.refitd, "adaptive", "", ""}, bench.directory));
+                     Daemon::start({bench.options.refitd, "adaptive"}, bench.directory));
     double best_s = 0;
     if (attach || refit) {
       REFIT_TRY_ASSIGN(best_s, calibrate(bench, pair));
@@ -232,7 +232,7 @@ Result<void> measure_full(Bench& bench) {
     REFIT_TRY(count_per_refit(bench, pair, "full", bench.times(100, 5), bench.times(20, 5)));
   }
   if (reconnect) REFIT_TRY(measure_reconnect(bench, pair, "full"));
-  return {};
+  return pair.end();
 }
 
 }  // namespace refit::bench

@@ -29,10 +29,6 @@ using std::chrono::milliseconds;
 
 std::atomic<bool> interrupt_seen{false};
 
-Unexpected os_error(const std::string& what, int native) {
-  return Unexpected(Error{Errc::os, native, what + ": " + std::strerror(native), {}});
-}
-
 std::string tail_of(const std::string& path) {
   std::ifstream stream(path);
   std::stringstream text;
@@ -85,11 +81,11 @@ Result<Child> Child::spawn(const SpawnOptions& options) {
   if (!options.output_path.empty()) {
     output = UniqueFd::adopt(
         ::open(options.output_path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600));
-    if (!output) return os_error("open " + options.output_path, errno);
+    if (!output) return fail_os("open " + options.output_path, errno);
   }
   const pid_t parent = ::getpid();
   const pid_t pid = ::fork();
-  if (pid < 0) return os_error("fork", errno);
+  if (pid < 0) return fail_os("fork", errno);
   if (pid == 0) {
     ::prctl(PR_SET_PDEATHSIG, SIGKILL);
     if (::getppid() != parent) ::_exit(127);
@@ -113,7 +109,7 @@ Result<Child> Child::spawn(const SpawnOptions& options) {
     const int native = errno;
     ::kill(pid, SIGKILL);
     ::waitpid(pid, nullptr, 0);
-    return os_error("pidfd_open", native);
+    return fail_os("pidfd_open", native);
   }
   return Child(pid, std::move(pidfd));
 }
@@ -167,7 +163,11 @@ bool Child::stop(int number, milliseconds timeout) {
     wait(milliseconds(-1));
     return false;
   }
-  return WIFEXITED(status_) && WEXITSTATUS(status_) == 0;
+  return succeeded();
+}
+
+bool Child::succeeded() const noexcept {
+  return !pidfd_ && WIFEXITED(status_) && WEXITSTATUS(status_) == 0;
 }
 
 std::string Child::ending() const {
@@ -180,7 +180,7 @@ Result<TemporaryDirectory> TemporaryDirectory::make() {
   const char* base = std::getenv("TMPDIR");
   std::string path =
       std::string(base != nullptr && *base != 0 ? base : "/tmp") + "/refit-bench-XXXXXX";
-  if (::mkdtemp(path.data()) == nullptr) return os_error("mkdtemp " + path, errno);
+  if (::mkdtemp(path.data()) == nullptr) return fail_os("mkdtemp " + path, errno);
   return TemporaryDirectory(path);
 }
 
@@ -232,6 +232,13 @@ Result<Message> Peer::hear() {
   return fail(Errc::deadline, "the bench's " + what + " did not answer in 20 minutes");
 }
 
+Result<void> Peer::end() {
+  REFIT_TRY(call({{"command", "quit"}}));
+  constexpr auto kPatience = std::chrono::seconds(60);
+  if (child_.wait(kPatience) && child_.succeeded()) return {};
+  return fail(Errc::os, "the bench's " + role_ + " did not end well: it " + child_.ending());
+}
+
 Result<Daemon> Daemon::start(const DaemonOptions& options, const TemporaryDirectory& directory) {
   static int count = 0;
   const std::string base = directory.path() + "/daemon-" + std::to_string(++count);
@@ -239,10 +246,7 @@ Result<Daemon> Daemon::start(const DaemonOptions& options, const TemporaryDirect
   SpawnOptions spawn;
   spawn.arguments = {options.program, "--socket", socket, "--waiting", options.waiting};
   spawn.output_path = base + ".log";
-  if (!options.preload.empty()) {
-    spawn.environment = {{"LD_PRELOAD", options.preload},
-                         {"REFIT_BENCH_ALLOCATIONS", options.allocation_counter}};
-  }
+  spawn.environment = options.environment;
   REFIT_TRY_ASSIGN(Child child, Child::spawn(spawn));
   const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(20);
   while (!answers(socket)) {
@@ -282,7 +286,7 @@ Result<ActivatedDaemon> ActivatedDaemon::start(const std::string& program,
   const int fd = daemon.listener_.get();
   if (::bind(fd, reinterpret_cast<const sockaddr*>(&address), sizeof address) != 0 ||
       ::listen(fd, 64) != 0) {
-    return os_error("listening at " + daemon.socket_, errno);
+    return fail_os("listening at " + daemon.socket_, errno);
   }
   REFIT_TRY(daemon.spawn());
   return daemon;

@@ -45,6 +45,8 @@ class Child {
   bool wait(std::chrono::milliseconds timeout);
   /// Sends `number`, waits up to `timeout`, then kills. True if it ended by itself with status 0.
   bool stop(int number, std::chrono::milliseconds timeout);
+  /// It has ended, by itself and with status 0.
+  [[nodiscard]] bool succeeded() const noexcept;
   /// How it ended, for a message.
   [[nodiscard]] std::string ending() const;
 
@@ -81,6 +83,8 @@ class Peer {
   /// The two halves of call().
   [[nodiscard]] Result<void> tell(const nlohmann::json& command, int fd = -1);
   [[nodiscard]] Result<Message> hear();
+  /// Tells it to end and waits. Errors: os if it did not end with status 0.
+  [[nodiscard]] Result<void> end();
   [[nodiscard]] pid_t pid() const noexcept { return child_.pid(); }
 
  private:
@@ -95,8 +99,7 @@ class Peer {
 struct DaemonOptions {
   std::string program;
   std::string waiting = "adaptive";
-  std::string preload;             ///< a library for LD_PRELOAD, or empty
-  std::string allocation_counter;  ///< the file that the library counts in
+  std::vector<std::pair<std::string, std::string>> environment = {};  ///< beside the bench's own
 };
 
 /// A daemon of the bench's own on a socket in `directory`.

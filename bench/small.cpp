@@ -22,20 +22,20 @@ ordered_json p50_p99(const Samples& seconds, double unit_per_second) {
           {"p99", percentile(seconds, 99) * unit_per_second}};
 }
 
-struct Side {
+struct Attached {
   std::string waiting;
   Daemon daemon;
   Pair pair;
   Samples seconds;
   Samples block_medians;
 
-  static Result<Side> start(const Bench& bench, const std::string& waiting) {
+  static Result<Attached> start(const Bench& bench, const std::string& waiting) {
     REFIT_TRY_ASSIGN(Daemon daemon,
-                     Daemon::start({bench.options.refitd, waiting, "", ""}, bench.directory));
+                     Daemon::start({bench.options.refitd, waiting}, bench.directory));
     REFIT_TRY_ASSIGN(Pair pair, Pair::start(bench, /*cut=*/true));
     REFIT_TRY(pair.attach(daemon.socket(), waiting));
     REFIT_TRY(pair.refits(bench.times(200, 2)));
-    return Side{waiting, std::move(daemon), std::move(pair), {}, {}};
+    return Attached{waiting, std::move(daemon), std::move(pair), {}, {}};
   }
 
   Result<void> run_block(int refits) {
@@ -48,11 +48,12 @@ struct Side {
 
 /// Blocks of refits in both waiting modes in turn, the first of each round alternating, so that the
 /// machine's moods meet both alike.
-Result<void> measure_overhead(Bench& bench, Side& off, Side& adaptive) {
+Result<void> measure_overhead(Bench& bench, Attached& off, Attached& adaptive) {
   const int blocks = bench.times(40, 2);
   const int refits_per_block = bench.times(100, 5);
   for (int block = 0; block < blocks; ++block) {
-    for (Side* side : block % 2 == 0 ? std::array{&off, &adaptive} : std::array{&adaptive, &off}) {
+    for (Attached* side :
+         block % 2 == 0 ? std::array{&off, &adaptive} : std::array{&adaptive, &off}) {
       REFIT_TRY(side->run_block(refits_per_block));
     }
   }
@@ -88,8 +89,7 @@ Result<void> measure_register(Bench& bench, Pair& pair) {
 
 Result<void> ping_in_mode(Bench& bench, const std::string& waiting) {
   const std::vector<int> cores = allowed_cores();
-  REFIT_TRY_ASSIGN(Daemon daemon,
-                   Daemon::start({bench.options.refitd, waiting, "", ""}, bench.directory));
+  REFIT_TRY_ASSIGN(Daemon daemon, Daemon::start({bench.options.refitd, waiting}, bench.directory));
   REFIT_TRY_ASSIGN(Peer trainer, Peer::start("trainer"));
   REFIT_TRY(
       trainer.call({{"command", "connect"}, {"socket", daemon.socket()}, {"waiting", waiting}}));
@@ -101,6 +101,7 @@ Result<void> ping_in_mode(Bench& bench, const std::string& waiting) {
   bench.figures["ring_rtt_ns"][waiting] =
       p50_p99(message.body.at("seconds").get<Samples>(), kNanosecondsPerSecond);
   REFIT_TRY(trainer.call({{"command", "disconnect"}}));
+  REFIT_TRY(trainer.end());
   return daemon.stop();
 }
 
@@ -113,25 +114,29 @@ Result<void> measure_small(Bench& bench) {
   if (overhead || registration) {
     bench.progress("fixed overhead: " + std::to_string(bench.model.target.size()) +
                    " tensors of 64 bytes, waiting off and adaptive in turn");
-    REFIT_TRY_ASSIGN(Side adaptive, Side::start(bench, "adaptive"));
+    REFIT_TRY_ASSIGN(Attached adaptive, Attached::start(bench, "adaptive"));
     if (overhead) {
-      REFIT_TRY_ASSIGN(Side off, Side::start(bench, "off"));
+      REFIT_TRY_ASSIGN(Attached off, Attached::start(bench, "off"));
       REFIT_TRY(measure_overhead(bench, off, adaptive));
       REFIT_TRY(off.pair.detach());
       REFIT_TRY(off.daemon.stop());
+      REFIT_TRY(off.pair.end());
     }
     if (registration) REFIT_TRY(measure_register(bench, adaptive.pair));
     REFIT_TRY(adaptive.pair.detach());
     REFIT_TRY(adaptive.daemon.stop());
+    REFIT_TRY(adaptive.pair.end());
   }
   if (bench.wants("counts")) {
     bench.progress("counts per refit with tensors of 64 bytes");
     REFIT_TRY_ASSIGN(Pair pair, Pair::start(bench, /*cut=*/true));
     REFIT_TRY(count_per_refit(bench, pair, "small", bench.times(100, 5), bench.times(2000, 5)));
+    REFIT_TRY(pair.end());
   }
   if (bench.wants("reconnect")) {
     REFIT_TRY_ASSIGN(Pair pair, Pair::start(bench, /*cut=*/true));
     REFIT_TRY(measure_reconnect(bench, pair, "small"));
+    REFIT_TRY(pair.end());
   }
   return {};
 }

@@ -1,20 +1,20 @@
 // The bench's trainer: holds the source tensors, asks for refits, and times them beside plain
 // copies. See roles.hpp.
 //
-// One thread; the floor's copies run on a team of their own. Maps the engine's memory too, so that
-// the floor copies between the very pages that a refit copies between, and so that what arrived can
-// be compared.
+// One thread; the floor's copies on host memory run on a team of their own. Maps the engine's
+// memory too, so that the floor copies between the very bytes that a refit copies between, and so
+// that what arrived can be compared.
 #include <sched.h>
 #include <sys/mman.h>
 
 #include <algorithm>
 #include <cerrno>
-#include <cstring>
 #include <optional>
 #include <refit/trainer.hpp>
 #include <utility>
 
 #include "floor.hpp"
+#include "host_storage.hpp"
 #include "roles.hpp"
 
 namespace refit::bench {
@@ -22,166 +22,65 @@ namespace {
 
 using nlohmann::json;
 
-constexpr std::size_t kHugeBytes = std::size_t{2} << 20;
-
-Unexpected os_error(const char* what) {
-  return Unexpected(Error{Errc::os, errno, std::string(what) + ": " + std::strerror(errno), {}});
-}
-
-/// A mapping of a memfd at a 2 MiB boundary, where huge pages can be mapped as such.
-class AlignedMapping {
+class TrainerRole final : public Role {
  public:
-  static Result<AlignedMapping> map(int fd, std::size_t bytes, int protection) {
-    void* reserved = ::mmap(nullptr, bytes + kHugeBytes, PROT_NONE,
-                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (reserved == MAP_FAILED) return os_error("mmap");
-    auto* begin = static_cast<std::byte*>(reserved);
-    const std::size_t misaligned = reinterpret_cast<std::uintptr_t>(begin) % kHugeBytes;
-    std::byte* aligned = begin + (misaligned == 0 ? 0 : kHugeBytes - misaligned);
-    AlignedMapping mapping(begin, bytes + kHugeBytes, aligned);
-    if (::mmap(aligned, bytes, protection, MAP_SHARED | MAP_FIXED, fd, 0) == MAP_FAILED)
-      return os_error("mmap");
-    return mapping;
+  explicit TrainerRole(Channel channel) : Role(std::move(channel), /*filled_with=*/1) {
+    on("map_target", [this](Message& command, Reply&) { return map_target(command); });
+    on("register_plain", [this](Message& command, Reply& reply) {
+      return register_plain(command.body.at("bytes").get<std::size_t>(), reply.body);
+    });
+    on("populate", [this](Message&, Reply& reply) { return populate(reply.body); });
+    on("calibrate", [this](Message& command, Reply& reply) {
+      return calibrate(command.body.at("rounds").get<int>(), reply.body);
+    });
+    on("pairs", [this](Message& command, Reply& reply) {
+      return pairs(command.body.at("count").get<int>(), reply.body);
+    });
+    on("refits", [this](Message& command, Reply& reply) {
+      return refits(command.body.at("count").get<int>(), reply.body);
+    });
+    on("change", [this](Message&, Reply&) { return change(); });
+    on("refit_changed", [this](Message&, Reply& reply) { return refit_changed(reply.body); });
+    on("ping", [this](Message& command, Reply& reply) {
+      return ping(command.body.at("count").get<int>(), command.body.at("core").get<int>(),
+                  reply.body);
+    });
+    on("check", [this](Message& command, Reply& reply) {
+      return check(command.body.at("times").get<int>(), reply.body);
+    });
   }
-  ~AlignedMapping() {
-    if (reserved_ != nullptr) ::munmap(reserved_, reserved_bytes_);
-  }
-  AlignedMapping(AlignedMapping&& other) noexcept
-      : reserved_(std::exchange(other.reserved_, nullptr)),
-        reserved_bytes_(other.reserved_bytes_),
-        data_(other.data_) {}
-  AlignedMapping& operator=(AlignedMapping&& other) noexcept {
-    std::swap(reserved_, other.reserved_);
-    std::swap(reserved_bytes_, other.reserved_bytes_);
-    std::swap(data_, other.data_);
-    return *this;
-  }
-  [[nodiscard]] std::byte* data() const noexcept { return data_; }
-
- private:
-  AlignedMapping(void* reserved, std::size_t reserved_bytes, std::byte* data)
-      : reserved_(reserved), reserved_bytes_(reserved_bytes), data_(data) {}
-  void* reserved_;
-  std::size_t reserved_bytes_;
-  std::byte* data_;
-};
-
-class TrainerRole {
- public:
-  explicit TrainerRole(Channel channel) : channel_(std::move(channel)) {}
 
   int run() {
-    while (!quit_) {
-      auto message = channel_.receive(std::chrono::milliseconds(-1));
-      if (!message) return 1;
-      if (!*message) continue;
-      json reply;
-      int fd = -1;
-      if (auto done = handle(**message, reply, fd); !done) {
-        reply = error_reply(done.error());
-        fd = -1;
-      }
-      if (!channel_.send(reply, fd)) return 1;
+    while (serve(std::chrono::milliseconds(-1))) {
     }
-    return 0;
+    return status();
   }
 
  private:
-  Result<void> handle(Message& message, json& reply, int& fd) {
-    const json& command = message.body;
-    const std::string name = command.at("command").get<std::string>();
-    if (name == "allocate") {
-      REFIT_TRY(allocate(command));
-      fd = holding_.memory->fd();
-      return {};
-    }
-    if (name == "map_target")
-      return map_target(std::move(message.fd), command.at("bytes").get<std::size_t>(),
-                        command.at("cut").get<bool>());
-    if (name == "connect") {
-      REFIT_TRY_ASSIGN(const Waiting waiting, waiting_of(command));
-      REFIT_TRY_ASSIGN(
-          trainer_,
-          Trainer::connect("bench-trainer", {command.at("socket").get<std::string>(), waiting},
-                           Deadline::in(kCallTimeout)));
-      return {};
-    }
-    if (name == "disconnect") {
-      trainer_.reset();
-      return {};
-    }
-    if (name == "register") return register_module(reply);
-    if (name == "register_often") return register_often(command.at("times").get<int>(), reply);
-    if (name == "register_plain")
-      return register_plain(command.at("bytes").get<std::size_t>(), reply);
-    if (name == "populate") return populate(reply);
-    if (name == "calibrate") return calibrate(command.at("rounds").get<int>(), reply);
-    if (name == "pairs") return pairs(command.at("count").get<int>(), reply);
-    if (name == "refits") return refits(command.at("count").get<int>(), reply);
-    if (name == "change") {
-      perturb(holding_.model, holding_.source, ++step_);
-      return {};
-    }
-    if (name == "refit_changed") return refit_changed(reply);
-    if (name == "ping")
-      return ping(command.at("count").get<int>(), command.at("core").get<int>(), reply);
-    if (name == "check") return check(command.at("times").get<int>(), reply);
-    if (name == "quit") {
-      quit_ = true;
-      return {};
-    }
-    return fail(Errc::bad_argument, "no such command: " + name);
+  Result<std::unique_ptr<Storage>> allocate() override {
+    return kind().source(side_of(model().source));
   }
-
-  Result<void> allocate(const json& command) {
-    REFIT_TRY_ASSIGN(holding_.model, model_of(command));
-    holding_.source.layout = layout_of(holding_.model.source, command.at("cut").get<bool>());
-    REFIT_TRY_ASSIGN(holding_.memory,
-                     SharedMemory::allocate(holding_.source.layout.bytes, kTensorLabel));
-    holding_.source.data = holding_.memory->data();
-    fill(holding_.source.data, holding_.source.layout.bytes, /*seed=*/1);
-    return {};
-  }
-
-  Result<void> map_target(UniqueFd fd, std::size_t bytes, bool cut) {
-    REFIT_TRY_ASSIGN(auto mapping, AlignedMapping::map(fd.get(), bytes, PROT_READ | PROT_WRITE));
-    if (::madvise(mapping.data(), bytes, MADV_POPULATE_WRITE) != 0)
-      return os_error("madvise(MADV_POPULATE_WRITE)");
-    target_mapping_ = std::move(mapping);
-    target_fd_ = std::move(fd);
-    target_bytes_ = bytes;
-    holding_.target.layout = layout_of(holding_.model.target, cut);
-    holding_.target.data = target_mapping_->data();
-    return {};
-  }
-
-  Result<ModuleSpec> module_named(const std::string& name) {
-    REFIT_TRY_ASSIGN(ModuleSpec module, module_of(name, holding_.model, holding_.model.source,
-                                                  holding_.source.layout, holding_.memory));
-    module.set_name_map(holding_.model.rules);
+  Result<ModuleSpec> module_in(const Storage& storage, const std::string& name) override {
+    REFIT_TRY_ASSIGN(ModuleSpec module, storage.module(name));
+    module.set_name_map(model().rules);
     return module;
   }
-
-  Result<void> register_module(json& reply) {
-    REFIT_TRY_ASSIGN(const ModuleSpec module, module_named(kModuleName));
-    Result<void> registered;
-    reply["seconds"] = seconds_of(
-        [&] { registered = trainer_->register_module(module, Deadline::in(kCallTimeout)); });
-    return registered;
+  Result<void> connect(const ConnectOptions& options) override {
+    REFIT_TRY_ASSIGN(trainer_,
+                     Trainer::connect("bench-trainer", options, Deadline::in(kCallTimeout)));
+    return {};
+  }
+  void disconnect() override { trainer_.reset(); }
+  Result<void> register_module(const ModuleSpec& module) override {
+    return trainer_->register_module(module, Deadline::in(kCallTimeout));
+  }
+  Result<void> unregister_module(const std::string& module) override {
+    return trainer_->unregister_module(module, Deadline::in(kCallTimeout));
   }
 
-  Result<void> register_often(int times, json& reply) {
-    Samples samples;
-    for (int i = 0; i < times; ++i) {
-      const std::string name = "again-" + std::to_string(i);
-      REFIT_TRY_ASSIGN(const ModuleSpec module, module_named(name));
-      Result<void> registered;
-      samples.push_back(seconds_of(
-          [&] { registered = trainer_->register_module(module, Deadline::in(kCallTimeout)); }));
-      REFIT_TRY(registered);
-      REFIT_TRY(trainer_->unregister_module(name, Deadline::in(kCallTimeout)));
-    }
-    reply["seconds"] = samples;
+  Result<void> map_target(Message& command) {
+    REFIT_TRY_ASSIGN(target_, kind().map_target(side_of(model().target), command.body.at("address"),
+                                                std::move(command.fd)));
     return {};
   }
 
@@ -190,9 +89,9 @@ class TrainerRole {
   Result<void> register_plain(std::size_t bytes, json& reply) {
     REFIT_TRY_ASSIGN(const auto memory, SharedMemory::allocate(bytes, kTensorLabel));
     if (::madvise(memory->data(), memory->bytes(), MADV_NOHUGEPAGE) != 0)
-      return os_error("madvise(MADV_NOHUGEPAGE)");
+      return fail_os("madvise(MADV_NOHUGEPAGE)", errno);
     if (::madvise(memory->data(), memory->bytes(), MADV_REMOVE) != 0)
-      return os_error("madvise(MADV_REMOVE)");
+      return fail_os("madvise(MADV_REMOVE)", errno);
     fill(memory->data(), memory->bytes(), /*seed=*/3);
     Samples registered_s, populated_s;
     for (int i = 0; i < 5; ++i) {
@@ -205,46 +104,36 @@ class TrainerRole {
       REFIT_TRY(registered);
       REFIT_TRY(trainer_->unregister_module(name, Deadline::in(kCallTimeout)));
       REFIT_TRY_ASSIGN(const double populated,
-                       populate_fresh(memory->fd(), memory->bytes(), PROT_READ));
+                       bench::populate_fresh(memory->fd(), memory->bytes(), PROT_READ));
       populated_s.push_back(populated);
     }
     reply = {{"register_s", registered_s}, {"madvise_s", populated_s}, {"bytes", memory->bytes()}};
     return {};
   }
 
-  static Result<double> populate_fresh(int fd, std::size_t bytes, int protection) {
-    REFIT_TRY_ASSIGN(const auto mapping, AlignedMapping::map(fd, bytes, protection));
-    const int advice = (protection & PROT_WRITE) != 0 ? MADV_POPULATE_WRITE : MADV_POPULATE_READ;
-    int result = 0;
-    const double seconds = seconds_of([&] { result = ::madvise(mapping.data(), bytes, advice); });
-    if (result != 0) return os_error("madvise(MADV_POPULATE)");
-    return seconds;
-  }
-
   Result<void> populate(json& reply) {
-    REFIT_TRY_ASSIGN(const double source,
-                     populate_fresh(holding_.memory->fd(), holding_.memory->bytes(), PROT_READ));
-    REFIT_TRY_ASSIGN(const double target,
-                     populate_fresh(target_fd_.get(), target_bytes_, PROT_READ | PROT_WRITE));
-    reply["seconds"] = source + target;
-    reply["bytes"] = holding_.memory->bytes() + target_bytes_;
+    REFIT_TRY_ASSIGN(const auto source, own().populate_fresh(PROT_READ));
+    REFIT_TRY_ASSIGN(const auto target, target_->populate_fresh(PROT_READ | PROT_WRITE));
+    reply["seconds"] = source.first + target.first;
+    reply["bytes"] = source.second + target.second;
     return {};
-  }
-
-  std::size_t floor_bytes() const {
-    return std::min({holding_.model.bytes, std::uint64_t{holding_.memory->bytes()},
-                     std::uint64_t{target_bytes_}});
   }
 
   Result<void> calibrate(int rounds, json& reply) {
-    if (!team_) team_.emplace();
-    const auto calibration =
-        team_->calibrate(holding_.target.data, holding_.source.data, floor_bytes(), rounds);
-    winner_ = calibration.winner;
-    reply = {{"winner", winner_.to_string()}, {"best_s", calibration.best_s}};
+    if (floor_ == nullptr) {
+      REFIT_TRY_ASSIGN(floor_, target_->floor_from(own(), model().bytes));
+    }
+    REFIT_TRY_ASSIGN(const Floor::Calibration calibration, floor_->calibrate(rounds));
+    reply = {{"winner", calibration.winner}, {"best_s", calibration.best_s}};
     for (const auto& [method, seconds] : calibration.medians_s)
       reply["medians_s"][method] = seconds;
     return {};
+  }
+
+  /// Other bytes in the source, so that neither a refit nor a copy finds them already there.
+  Result<void> change() {
+    perturb(model(), own().view(), ++step_);
+    return own().write();
   }
 
   Result<double> timed_refit() {
@@ -262,34 +151,33 @@ class TrainerRole {
     const double seconds =
         std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
     if (!report) return Unexpected(std::move(report).error());
-    if (report->replayed || report->bytes != holding_.model.bytes) {
+    if (report->replayed || report->bytes != model().bytes) {
       return fail(Errc::digest_mismatch, "a refit reported " + std::to_string(report->bytes) +
-                                             " bytes of " + std::to_string(holding_.model.bytes));
+                                             " bytes of " + std::to_string(model().bytes));
     }
     return seconds;
   }
 
   Result<void> compare() {
-    const std::uint64_t differing =
-        places_that_differ(holding_.model, holding_.source, holding_.target);
+    REFIT_TRY(target_->read());
+    const std::uint64_t differing = places_that_differ(model(), own().view(), target_->view());
     if (differing == 0) return {};
     return fail(Errc::digest_mismatch, std::to_string(differing) + " of " +
-                                           std::to_string(places(holding_.model)) +
+                                           std::to_string(places(model())) +
                                            " sampled places hold other bytes after a refit");
   }
 
   /// Refits and plain copies in turn, the first of each pair alternating. Before each the source
-  /// changes, so that neither finds the bytes already there; after each refit every changed place
-  /// is compared. Only the two calls are timed.
+  /// changes; after each refit every changed place is compared. Only the two calls are timed.
   Result<void> pairs(int count, json& reply) {
     Samples refit_s, copy_s;
     for (int i = 0; i < count; ++i) {
       const bool copy_first = (step_ % 4) < 2;
       for (const bool copy : {copy_first, !copy_first}) {
-        perturb(holding_.model, holding_.source, ++step_);
+        REFIT_TRY(change());
         if (copy) {
-          copy_s.push_back(
-              team_->copy(winner_, holding_.target.data, holding_.source.data, floor_bytes()));
+          REFIT_TRY_ASSIGN(const double seconds, floor_->copy());
+          copy_s.push_back(seconds);
         } else {
           REFIT_TRY_ASSIGN(const double seconds, timed_refit());
           refit_s.push_back(seconds);
@@ -305,7 +193,7 @@ class TrainerRole {
     Samples samples;
     samples.reserve(static_cast<std::size_t>(count));
     for (int i = 0; i < count; ++i) {
-      perturb(holding_.model, holding_.source, ++step_);
+      REFIT_TRY(change());
       REFIT_TRY_ASSIGN(const double seconds, timed_refit());
       samples.push_back(seconds);
     }
@@ -325,7 +213,7 @@ class TrainerRole {
 
   Result<void> ping(int count, int core, json& reply) {
     const cpu_set_t set = only_core(core);
-    if (::sched_setaffinity(0, sizeof set, &set) != 0) return os_error("sched_setaffinity");
+    if (::sched_setaffinity(0, sizeof set, &set) != 0) return fail_os("sched_setaffinity", errno);
     Samples samples;
     samples.reserve(static_cast<std::size_t>(count));
     const Deadline deadline = Deadline::in(kCallTimeout);
@@ -342,10 +230,10 @@ class TrainerRole {
   /// The ring's check and the ring's digests against hashes of the source that OpenSSL computed
   /// here; one OpenSSL stream over the target's pages, and a reading of them beside XXH3 of them.
   Result<void> check(int times, json& reply) {
-    const std::vector<Sha256> expected = expected_sha256(holding_.model, holding_.source);
+    const std::vector<Sha256> expected = expected_sha256(model(), own().view());
     CheckRequest request{kEngineName, kModuleName, DigestKind::raw, {}};
     for (std::size_t i = 0; i < expected.size(); ++i) {
-      request.expected.emplace_back(holding_.model.target[i].name, Digest{expected[i], 32});
+      request.expected.emplace_back(model().target[i].name, Digest{expected[i], 32});
     }
     Samples check_s, stream_s, xxh3_s, read_s;
     for (int i = 0; i < times; ++i) {
@@ -362,7 +250,7 @@ class TrainerRole {
                     (*report)->mismatched);
       }
       stream_s.push_back(
-          seconds_of([&] { (void)sha256_stream(holding_.target.data, floor_bytes()); }));
+          seconds_of([&] { (void)sha256_stream(target_->view().data, model().bytes); }));
     }
     for (int i = 0; i < 3 * times; ++i) {
       Result<DigestReport> fast;
@@ -389,7 +277,7 @@ class TrainerRole {
                                       Deadline::in(kCallTimeout)));
     std::vector<NamedDigest> wanted;
     for (std::size_t i = 0; i < expected.size(); ++i) {
-      wanted.emplace_back(holding_.model.target[i].name, Digest{expected[i], 32});
+      wanted.emplace_back(model().target[i].name, Digest{expected[i], 32});
     }
     std::sort(wanted.begin(), wanted.end(),
               [](const auto& a, const auto& b) { return a.first < b.first; });
@@ -408,17 +296,11 @@ class TrainerRole {
     return fail(Errc::digest_mismatch, "the check accepted a digest that is wrong on purpose");
   }
 
-  Channel channel_;
-  Holding holding_;
-  std::optional<AlignedMapping> target_mapping_;
-  UniqueFd target_fd_;
-  std::size_t target_bytes_ = 0;
+  std::unique_ptr<Storage> target_;  ///< the engine's, as it is reached from here
+  std::unique_ptr<Floor> floor_;
   std::optional<Trainer> trainer_;
-  std::optional<CopyTeam> team_;
-  CopyMethod winner_;
   int stepped_back_ = 0;
   std::uint64_t step_ = 0;
-  bool quit_ = false;
 };
 
 }  // namespace
