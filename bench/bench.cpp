@@ -9,9 +9,15 @@
 #include <fstream>
 
 #include "floor.hpp"
+#include "memory/device_survey.hpp"
 
 namespace refit::bench {
 namespace {
+
+/// In the name of every device of the driver in tests/support/fake_cuda, and of no NVIDIA GPU.
+constexpr const char* kFakeDeviceName = "Fake GPU";
+constexpr const char* kFakeTimes =
+    "times and ratios of the fake driver mean nothing about hardware; counts and digests are real";
 
 using nlohmann::json;
 using nlohmann::ordered_json;
@@ -45,6 +51,8 @@ ordered_json empty_figures(const Model& model, const Options& options) {
   figures["model"] = model.name;
   figures["tensors"] = model.target.size();
   figures["bytes"] = model.bytes;
+  figures["memory"] = options.memory;
+  figures["driver"] = nullptr;
   for (const char* key : {"page_bytes",
                           "refit_s",
                           "memcpy_s",
@@ -67,6 +75,9 @@ ordered_json empty_figures(const Model& model, const Options& options) {
                           "syscalls_per_refit",
                           "yields_per_refit",
                           "opens_per_refit",
+                          "driver_calls_per_refit",
+                          "driver_copies_per_refit",
+                          "driver_opens_per_refit",
                           "refit_over_memcpy_pairs",
                           "register_source_ms",
                           "fixed_overhead_busy_us",
@@ -82,7 +93,8 @@ ordered_json empty_figures(const Model& model, const Options& options) {
                           "memcpy_methods_s",
                           "digests_verified",
                           "engine_stepped_back",
-                          "syscalls_by_name"}) {
+                          "syscalls_by_name",
+                          "driver_calls_by_name"}) {
     figures[key] = nullptr;
   }
   figures["scale"] = options.scale;
@@ -92,6 +104,26 @@ ordered_json empty_figures(const Model& model, const Options& options) {
   return figures;
 }
 
+/// Names the driver and the device that everything runs on, the first one, as every process of the
+/// bench sees it.
+Result<void> find_driver(Bench& bench) {
+  const DeviceSurvey survey = survey_devices();
+  if (!survey.driver_there) {
+    return fail(Errc::unsupported, "--memory " + bench.options.memory +
+                                       " was skipped, which is not passed: " + survey.why_not);
+  }
+  const SurveyedDevice& device = survey.devices.front();
+  bench.fake_driver = device.label.find(kFakeDeviceName) != std::string::npos;
+  bench.figures["driver"] = {{"kind", bench.fake_driver ? "fake" : "hardware"},
+                             {"device", device.label},
+                             {"cuda_version", survey.driver_version}};
+  if (bench.fake_driver) {
+    bench.figures["driver"]["times"] = kFakeTimes;
+    bench.progress("the driver is this project's fake one (" + device.label + "): " + kFakeTimes);
+  }
+  return {};
+}
+
 }  // namespace
 
 Result<Bench> Bench::make(Options options) {
@@ -99,6 +131,7 @@ Result<Bench> Bench::make(Options options) {
   REFIT_TRY_ASSIGN(TemporaryDirectory directory, TemporaryDirectory::make());
   Bench bench(std::move(options), std::move(model), std::move(directory));
   bench.figures = empty_figures(bench.model, bench.options);
+  if (bench.on_devices()) REFIT_TRY(find_driver(bench));
   return bench;
 }
 
@@ -113,7 +146,8 @@ bool Bench::wants(const std::string& part) const {
 void Bench::progress(const std::string& text) const {
   if (options.quiet) return;
   const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - begin_;
-  std::fprintf(stderr, "[%6.1f s] %s\n", elapsed.count(), text.c_str());
+  std::fprintf(stderr, "[%6.1f s%s] %s\n", elapsed.count(), fake_driver ? ", fake driver" : "",
+               text.c_str());
 }
 
 void Bench::skip(const std::string& key, const std::string& reason) {
@@ -124,7 +158,7 @@ json Bench::model_fields(bool cut) const {
   return {{"manifest", options.manifest},
           {"scale", options.scale},
           {"cut", cut},
-          {"memory", kHostMemory}};
+          {"memory", options.memory}};
 }
 
 Result<Pair> Pair::start(const Bench& bench, bool cut) {

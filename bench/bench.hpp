@@ -24,6 +24,7 @@ inline constexpr const char* kParts[] = {"overhead", "ring",  "register", "attac
 struct Options {
   std::string manifest;
   double scale = 1;
+  std::string memory = kHostMemory;  ///< of kMemoryKinds
   int steps = 30;
   std::vector<std::string> only;  ///< of kParts; empty means all
   std::string json_path;
@@ -34,6 +35,8 @@ struct Options {
 
 class Bench {
  public:
+  /// Errors: bad_argument for a manifest that is not good; unsupported where --memory needs a
+  /// driver and there is none.
   static Result<Bench> make(Options options);
 
   [[nodiscard]] bool wants(const std::string& part) const;
@@ -46,8 +49,11 @@ class Bench {
   /// The fields of a role's "allocate" command for this model.
   [[nodiscard]] nlohmann::json model_fields(bool cut) const;
 
+  [[nodiscard]] bool on_devices() const { return options.memory != kHostMemory; }
+
   Options options;
   Model model;
+  bool fake_driver = false;  ///< the project's own: no time of it means anything
   TemporaryDirectory directory;
   nlohmann::ordered_json figures;  ///< every key of the output; null until measured
 
@@ -68,7 +74,7 @@ struct Pair {
   Result<double> attach(const std::string& socket, const std::string& waiting);
   Result<void> detach();
   /// Ends both, the trainer first, which has the engine's memory open. Errors: a process that ended
-  /// badly.
+  /// badly; the fake driver has that of a leak or of a misuse.
   Result<void> end();
   /// step_us 0: waits in its gate; else steps that long and polls.
   Result<void> open_gate(int step_us);

@@ -19,6 +19,7 @@
 #include <sstream>
 #include <vector>
 
+#include "driver_calls.hpp"
 #include "floor.hpp"
 
 namespace refit::bench {
@@ -121,6 +122,7 @@ Result<MemoryUse> memory_use(pid_t pid, const std::string& tensor_label) {
   use.private_mib = static_cast<double>(private_kib) / 1024;
   use.session_mib = static_cast<double>(session_kib) / 1024;
   use.page_tables_mib = static_cast<double>(kib_of(proc(pid, "status"), "VmPTE")) / 1024;
+  use.tensor_bytes = tensor_kib * 1024;
   use.tensor_huge_fraction =
       tensor_kib == 0 ? 0 : static_cast<double>(huge_kib) / static_cast<double>(tensor_kib);
   use.tensor_page_bytes = use.tensor_huge_fraction > 0.5
@@ -138,23 +140,33 @@ Result<void> pin_all_threads(pid_t pid, int core) {
   return {};
 }
 
-Result<AllocationCounter> AllocationCounter::make(const TemporaryDirectory& directory) {
+Result<CounterFile> CounterFile::make(const TemporaryDirectory& directory, std::size_t bytes) {
   static int count = 0;
-  const std::string path = directory.path() + "/allocations-" + std::to_string(++count);
+  const std::string path = directory.path() + "/counter-" + std::to_string(++count);
   const UniqueFd fd =
       UniqueFd::adopt(::open(path.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600));
-  if (!fd || ::ftruncate(fd.get(), 4096) != 0) return fail_os("create " + path, errno);
-  void* page = ::mmap(nullptr, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, fd.get(), 0);
+  if (!fd || ::ftruncate(fd.get(), static_cast<off_t>(bytes)) != 0)
+    return fail_os("create " + path, errno);
+  void* page = ::mmap(nullptr, bytes, PROT_READ, MAP_SHARED, fd.get(), 0);
   if (page == MAP_FAILED) return fail_os("mmap " + path, errno);
-  return AllocationCounter(path, page);
+  return CounterFile(path, page, bytes);
 }
 
-AllocationCounter::~AllocationCounter() {
-  if (page_ != nullptr) ::munmap(page_, 4096);
+CounterFile::~CounterFile() {
+  if (page_ != nullptr) ::munmap(page_, bytes_);
 }
 
-std::uint64_t AllocationCounter::value() const {
-  return static_cast<std::atomic<std::uint64_t>*>(page_)->load();
+std::uint64_t allocations_in(const CounterFile& file) {
+  return static_cast<const std::atomic<std::uint64_t>*>(file.data())->load();
+}
+
+CallCounts driver_calls_in(const CounterFile& file) {
+  CallCounts counts;
+  for (const DriverCalls::Entry& entry : static_cast<const DriverCalls*>(file.data())->entries) {
+    if (entry.name[0] == '\0') break;
+    counts[entry.name] += entry.count.load();
+  }
+  return counts;
 }
 
 Result<std::string> find_strace() {
@@ -168,9 +180,9 @@ Result<std::string> find_strace() {
   return fail(Errc::unsupported, "strace is not installed (Debian: apt-get install strace)");
 }
 
-Result<SyscallCounts> count_syscalls(const std::string& strace, pid_t pid,
-                                     const TemporaryDirectory& directory,
-                                     const std::function<Result<void>()>& action) {
+Result<CallCounts> count_syscalls(const std::string& strace, pid_t pid,
+                                  const TemporaryDirectory& directory,
+                                  const std::function<Result<void>()>& action) {
   static int count = 0;
   const std::string base = directory.path() + "/strace-" + std::to_string(++count);
   SpawnOptions options;
@@ -192,7 +204,7 @@ Result<SyscallCounts> count_syscalls(const std::string& strace, pid_t pid,
   if (!child.wait(std::chrono::seconds(10)))
     return fail(Errc::deadline, "strace did not end after SIGINT");
 
-  SyscallCounts counts;
+  CallCounts counts;
   std::ifstream summary(base + ".txt");
   std::string line;
   while (std::getline(summary, line)) {

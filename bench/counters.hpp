@@ -1,5 +1,5 @@
-// What the kernel and a preloaded library say about a process: faults, memory, system calls,
-// allocations.
+// What the kernel and preloaded libraries say about a process: faults, memory, system calls,
+// allocations, calls of the CUDA driver.
 //
 // Entered by the orchestrating thread. Reads /proc and drives strace; asks the measured process
 // nothing.
@@ -27,6 +27,7 @@ struct MemoryUse {
   double private_mib = 0;  ///< private pages of everything that is not a memfd
   double session_mib = 0;  ///< the daemon's own memfds: rings and arenas of sessions
   double page_tables_mib = 0;
+  std::uint64_t tensor_bytes = 0;       ///< of the clients' tensor memory, mapped
   std::uint64_t tensor_page_bytes = 0;  ///< the page size behind most of the clients' tensor memory
   double tensor_huge_fraction = 0;
 };
@@ -36,31 +37,41 @@ struct MemoryUse {
 /// Pins every thread of `pid` to `core`.
 [[nodiscard]] Result<void> pin_all_threads(pid_t pid, int core);
 
-/// The file that the preloaded library counts in.
-class AllocationCounter {
+/// A file that a preloaded library counts in.
+class CounterFile {
  public:
-  static Result<AllocationCounter> make(const TemporaryDirectory& directory);
-  ~AllocationCounter();
-  AllocationCounter(AllocationCounter&& other) noexcept
-      : path_(std::move(other.path_)), page_(std::exchange(other.page_, nullptr)) {}
-  AllocationCounter& operator=(AllocationCounter&&) = delete;
+  static Result<CounterFile> make(const TemporaryDirectory& directory, std::size_t bytes);
+  ~CounterFile();
+  CounterFile(CounterFile&& other) noexcept
+      : path_(std::move(other.path_)),
+        page_(std::exchange(other.page_, nullptr)),
+        bytes_(other.bytes_) {}
+  CounterFile& operator=(CounterFile&&) = delete;
   [[nodiscard]] const std::string& path() const noexcept { return path_; }
-  [[nodiscard]] std::uint64_t value() const;
+  [[nodiscard]] const void* data() const noexcept { return page_; }
 
  private:
-  AllocationCounter(std::string path, void* page) : path_(std::move(path)), page_(page) {}
+  CounterFile(std::string path, void* page, std::size_t bytes)
+      : path_(std::move(path)), page_(page), bytes_(bytes) {}
   std::string path_;
   void* page_;
+  std::size_t bytes_;
 };
 
-using SyscallCounts = std::map<std::string, std::uint64_t>;
+/// What alloc_counter.cpp has counted in a file of one word.
+[[nodiscard]] std::uint64_t allocations_in(const CounterFile& file);
+
+using CallCounts = std::map<std::string, std::uint64_t>;
+
+/// What driver_counter.cpp has counted in a file of a DriverCalls, by the driver's names.
+[[nodiscard]] CallCounts driver_calls_in(const CounterFile& file);
 
 /// The path of strace; Errc::unsupported with what to install if there is none.
 [[nodiscard]] Result<std::string> find_strace();
 
 /// System calls of all threads of `pid` while `action` runs, by attaching `strace -f -c`.
-[[nodiscard]] Result<SyscallCounts> count_syscalls(const std::string& strace, pid_t pid,
-                                                   const TemporaryDirectory& directory,
-                                                   const std::function<Result<void>()>& action);
+[[nodiscard]] Result<CallCounts> count_syscalls(const std::string& strace, pid_t pid,
+                                                const TemporaryDirectory& directory,
+                                                const std::function<Result<void>()>& action);
 
 }  // namespace refit::bench

@@ -1,14 +1,21 @@
-// What one refit costs the daemon in allocations, faults, system calls, yields and opens. Times are
-// thrown away here.
+// What one refit costs the daemon in allocations, faults, system calls, yields, opens and calls of
+// the driver. Times are thrown away here.
 //
 // Entered by the orchestrating thread. Must not be used on a daemon whose times count.
 #include <filesystem>
+#include <optional>
 
 #include "bench.hpp"
 #include "counters.hpp"
+#include "driver_calls.hpp"
 
 namespace refit::bench {
 namespace {
+
+using nlohmann::ordered_json;
+
+/// As alloc_counter.cpp reads it.
+constexpr const char* kAllocationsVariable = "REFIT_BENCH_ALLOCATIONS";
 
 const std::set<std::string> kYields{"sched_yield"};
 const std::set<std::string> kOpens{"open",         "openat", "openat2",  "creat",
@@ -23,14 +30,33 @@ double sum(const std::map<std::string, double>& per_refit, const std::set<std::s
   return total;
 }
 
+/// Every key of `names` was not measured at this size.
+void skip_all(Bench& bench, const std::vector<std::string>& names, const std::string& size,
+              const std::string& reason) {
+  for (const std::string& name : names) bench.skip(name + "." + size, reason);
+}
+
+const std::vector<std::string> kDriverFigures{"driver_calls_per_refit", "driver_copies_per_refit",
+                                              "driver_opens_per_refit"};
+
+/// The path of one of the bench's libraries for LD_PRELOAD; nothing if this build has none.
+std::optional<std::string> library_beside(const std::string& name) {
+  const std::string path = std::filesystem::path(own_path()).parent_path().string() + "/" + name;
+  return std::filesystem::exists(path) ? std::optional(path) : std::nullopt;
+}
+
+constexpr const char* kNotBuilt = "its counter is not part of this build";
+
 /// A run of N refits is subtracted from one of 2N, so that attaching and what happens once cancel
 /// out.
 Result<void> count_traced(Bench& bench, Pair& pair, const Daemon& daemon, const std::string& size,
                           int refits) {
+  const auto skip = [&](const std::string& reason) {
+    skip_all(bench, {"syscalls_per_refit", "opens_per_refit"}, size, reason);
+  };
   auto strace = find_strace();
   if (!strace) {
-    bench.skip("syscalls_per_refit." + size, strace.error().message);
-    bench.skip("opens_per_refit." + size, strace.error().message);
+    skip(strace.error().message);
     return {};
   }
   const auto traced = [&](int count) {
@@ -43,8 +69,7 @@ Result<void> count_traced(Bench& bench, Pair& pair, const Daemon& daemon, const 
   auto twice = once ? traced(2 * refits) : once;
   if (!twice) {
     if (twice.error().code != Errc::unsupported) return Unexpected(std::move(twice).error());
-    bench.skip("syscalls_per_refit." + size, twice.error().message);
-    bench.skip("opens_per_refit." + size, twice.error().message);
+    skip(twice.error().message);
     return {};
   }
   std::map<std::string, double> per_refit;
@@ -60,33 +85,81 @@ Result<void> count_traced(Bench& bench, Pair& pair, const Daemon& daemon, const 
   return {};
 }
 
-}  // namespace
-
-Result<void> count_per_refit(Bench& bench, Pair& pair, const std::string& size, int refits,
-                             int traced_refits) {
-  const std::string library =
-      std::filesystem::path(own_path()).parent_path().string() + "/librefit_bench_alloc_counter.so";
-  const bool can_preload = std::filesystem::exists(library);
-  if (!can_preload) bench.skip("allocations_per_refit." + size, "'" + library + "' was not built");
-
-  REFIT_TRY_ASSIGN(const AllocationCounter allocations, AllocationCounter::make(bench.directory));
-  DaemonOptions options{bench.options.refitd};
-  if (can_preload) {
-    options.environment = {{"LD_PRELOAD", library},
-                           {"REFIT_BENCH_ALLOCATIONS", allocations.path()}};
+/// Whether a driver's function makes something, shares it or gives it back: all of that is done
+/// when a module is registered, and none of it in a refit.
+bool opens_something(const std::string& name) {
+  for (const char* word : {"Alloc", "Free", "Create", "Destroy", "Open", "Close", "Import",
+                           "Export", "Handle", "Map", "Reserve", "Retain", "Release", "Register"}) {
+    if (name.find(word) != std::string::npos) return true;
   }
+  return false;
+}
+
+Result<void> count_driver_calls(Bench& bench, Pair& pair, const std::string& size, int refits) {
+  const auto library = library_beside("librefit_bench_driver_counter.so");
+  if (!library) {
+    skip_all(bench, kDriverFigures, size, kNotBuilt);
+    return {};
+  }
+  REFIT_TRY_ASSIGN(const CounterFile file, CounterFile::make(bench.directory, sizeof(DriverCalls)));
+  REFIT_TRY_ASSIGN(
+      Daemon daemon,
+      Daemon::start({bench.options.refitd,
+                     "adaptive",
+                     {{"LD_PRELOAD", *library}, {DriverCalls::kVariable, file.path()}}},
+                    bench.directory));
+  REFIT_TRY(pair.attach(daemon.socket(), "adaptive"));
+  REFIT_TRY(pair.refits(bench.times(10, 3)));
+  const CallCounts before = driver_calls_in(file);
+  REFIT_TRY(pair.refits(refits));
+  const CallCounts after = driver_calls_in(file);
+  REFIT_TRY(pair.detach());
+  REFIT_TRY(daemon.stop());
+
+  double all = 0, copies = 0, opens = 0;
+  ordered_json by_name = ordered_json::object();
+  for (const auto& [name, count] : after) {
+    const double per_refit = static_cast<double>(count - before.at(name)) / refits;
+    if (per_refit == 0) continue;
+    by_name[name] = per_refit;
+    all += per_refit;
+    if (name.rfind("cuMemcpy", 0) == 0) copies += per_refit;
+    if (opens_something(name)) opens += per_refit;
+  }
+  if (all == 0) {
+    return fail(Errc::unsupported, "the preloaded counter saw no driver call at all in '" +
+                                       bench.options.refitd + "': it counts nothing there");
+  }
+  bench.figures["driver_calls_per_refit"][size] = all;
+  bench.figures["driver_copies_per_refit"][size] = copies;
+  bench.figures["driver_opens_per_refit"][size] = opens;
+  bench.figures["driver_calls_by_name"][size] = by_name;
+  return {};
+}
+
+/// What the daemon asks of the kernel and of the heap.
+Result<void> count_own(Bench& bench, Pair& pair, const std::string& size, int refits,
+                       int traced_refits) {
+  const auto library = library_beside("librefit_bench_alloc_counter.so");
+  if (!library) skip_all(bench, {"allocations_per_refit"}, size, kNotBuilt);
+
+  REFIT_TRY_ASSIGN(const CounterFile allocations,
+                   CounterFile::make(bench.directory, sizeof(std::uint64_t)));
+  DaemonOptions options{bench.options.refitd};
+  if (library)
+    options.environment = {{"LD_PRELOAD", *library}, {kAllocationsVariable, allocations.path()}};
   REFIT_TRY_ASSIGN(Daemon daemon, Daemon::start(options, bench.directory));
   REFIT_TRY(pair.attach(daemon.socket(), "adaptive"));
   REFIT_TRY(pair.refits(bench.times(10, 3)));
 
-  const std::uint64_t allocations_before = allocations.value();
+  const std::uint64_t allocations_before = allocations_in(allocations);
   REFIT_TRY_ASSIGN(const std::uint64_t faults_before, page_faults(daemon.pid()));
   REFIT_TRY(pair.refits(refits));
   REFIT_TRY_ASSIGN(const std::uint64_t faults_after, page_faults(daemon.pid()));
-  const std::uint64_t allocations_after = allocations.value();
+  const std::uint64_t allocations_after = allocations_in(allocations);
   bench.figures["page_faults_per_refit"][size] =
       static_cast<double>(faults_after - faults_before) / refits;
-  if (can_preload) {
+  if (library) {
     if (allocations_before == 0) {
       return fail(Errc::unsupported, "the preloaded counter saw no allocation at all in '" +
                                          bench.options.refitd + "': it counts nothing there");
@@ -97,6 +170,23 @@ Result<void> count_per_refit(Bench& bench, Pair& pair, const std::string& size, 
   REFIT_TRY(count_traced(bench, pair, daemon, size, traced_refits));
   REFIT_TRY(pair.detach());
   return daemon.stop();
+}
+
+}  // namespace
+
+Result<void> count_per_refit(Bench& bench, Pair& pair, const std::string& size, int refits,
+                             int traced_refits) {
+  if (bench.fake_driver) {
+    skip_all(bench,
+             {"allocations_per_refit", "page_faults_per_refit", "syscalls_per_refit",
+              "yields_per_refit", "opens_per_refit"},
+             size, "the fake driver's own, inside the daemon, would be counted too");
+  } else {
+    REFIT_TRY(count_own(bench, pair, size, refits, traced_refits));
+  }
+  if (bench.on_devices()) return count_driver_calls(bench, pair, size, refits);
+  skip_all(bench, kDriverFigures, size, "host memory is copied without a driver");
+  return {};
 }
 
 }  // namespace refit::bench

@@ -30,9 +30,16 @@ struct RefitsAndCopies {
 };
 
 /// What both roles hold, the roles' own needs, and the daemon's.
-std::uint64_t needed_bytes(const Model& model) {
+std::uint64_t needed_bytes(const Bench& bench) {
   constexpr std::uint64_t kSlackBytes = std::uint64_t{768} << 20;
-  return layout_of(model.source, false).bytes + layout_of(model.target, false).bytes + kSlackBytes;
+  const std::uint64_t source = layout_of(bench.model.source, false).bytes;
+  const std::uint64_t target = layout_of(bench.model.target, false).bytes;
+  std::uint64_t bytes = source + target + kSlackBytes;
+  // Views of both in the trainer and of the target in the engine; the fake's devices are host
+  // memory, too, and may hold resident layers besides.
+  if (bench.on_devices()) bytes += target;
+  if (bench.fake_driver) bytes += source + 2 * target;
+  return bytes;
 }
 
 std::string in_gib(std::uint64_t bytes) {
@@ -65,11 +72,18 @@ Result<void> measure_attaches(Bench& bench, Pair& pair, const Daemon& daemon) {
     register_s.push_back(seconds);
     REFIT_TRY_ASSIGN(const Message pairs, pair.trainer.call({{"command", "pairs"}, {"count", 1}}));
     first.add(pairs);
+    if (bench.on_devices()) continue;
     REFIT_TRY_ASSIGN(const Message populated, pair.trainer.call({{"command", "populate"}}));
     madvise_s.push_back(populated.body.at("seconds").get<double>());
     populated_bytes = populated.body.at("bytes").get<double>();
   }
   bench.figures["first_refit_over_memcpy"] = median(ratios(first.refit_s, first.memcpy_s));
+  if (bench.on_devices()) {
+    for (const char* key :
+         {"populate_ms_per_GB", "populate_over_madvise", "populate_4k_over_madvise"})
+      bench.skip(key, "it is of pages of host memory; run it with --memory host");
+    return {};
+  }
 
   const double metadata_s = (bench.figures.at("register_ms").get<double>() +
                              bench.figures.at("register_source_ms").get<double>()) /
@@ -158,9 +172,17 @@ Result<void> measure_check(Bench& bench, Pair& pair) {
 
 Result<void> measure_memory(Bench& bench, const Daemon& daemon) {
   REFIT_TRY_ASSIGN(const MemoryUse use, memory_use(daemon.pid(), kTensorLabel));
-  bench.figures["daemon_private_MiB"] = use.private_mib;
   bench.figures["daemon_memfd_MiB"] = use.session_mib;
-  bench.figures["daemon_page_tables_MiB"] = use.page_tables_mib;
+  if (bench.fake_driver) {
+    bench.skip("daemon_private_MiB", "the fake driver's own memory is in the same process");
+  } else {
+    bench.figures["daemon_private_MiB"] = use.private_mib;
+    bench.figures["daemon_page_tables_MiB"] = use.page_tables_mib;
+  }
+  if (use.tensor_bytes == 0) {
+    bench.skip("page_bytes", "no tensor of it is in host memory");
+    return {};
+  }
   bench.figures["page_bytes"] = use.tensor_page_bytes;
   bench.figures["tensor_huge_page_fraction"] = use.tensor_huge_fraction;
   return {};
@@ -168,7 +190,7 @@ Result<void> measure_memory(Bench& bench, const Daemon& daemon) {
 
 /// False, with what was skipped for it, if source and target do not fit into memory.
 bool fits(Bench& bench) {
-  const std::uint64_t needed = needed_bytes(bench.model);
+  const std::uint64_t needed = needed_bytes(bench);
   const std::uint64_t available = memory_available_bytes();
   if (available >= needed) return true;
   const std::string reason = "source and target need " + in_gib(needed) + ", " + in_gib(available) +
@@ -185,7 +207,8 @@ bool fits(Bench& bench) {
         "read_GBps", "check_xxh3_over_read"}},
       {"counts",
        {"allocations_per_refit.full", "page_faults_per_refit.full", "syscalls_per_refit.full",
-        "yields_per_refit.full", "opens_per_refit.full"}},
+        "yields_per_refit.full", "opens_per_refit.full", "driver_calls_per_refit.full",
+        "driver_copies_per_refit.full", "driver_opens_per_refit.full"}},
       {"reconnect", {"reconnect_ms.full"}}};
   bench.progress("skipped the model at this size: " + reason);
   for (const auto& [part, keys] : keys_of_parts) {
@@ -223,7 +246,7 @@ Result<void> measure_full(Bench& bench) {
     if (refit) REFIT_TRY(measure_pairs(bench, pair, best_s));
     REFIT_TRY(measure_memory(bench, daemon));
     REFIT_TRY(measure_check(bench, pair));
-    if (attach) REFIT_TRY(measure_plain_pages(bench, pair));
+    if (attach && !bench.on_devices()) REFIT_TRY(measure_plain_pages(bench, pair));
     REFIT_TRY(pair.detach());
     REFIT_TRY(daemon.stop());
   }

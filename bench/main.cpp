@@ -16,20 +16,36 @@ namespace {
 
 constexpr int kExitFailure = 1;
 constexpr int kExitUsage = 2;
+constexpr int kExitNoDriver = 3;
 
 constexpr const char* kFooter = R"(
 Examples:
   refit_bench --manifest bench/manifests/wan2.1-t2v-1.3b.json --json wan.json
   refit_bench --manifest bench/manifests/qwen-image.json --scale 0.3 --json qwen.json
   refit_bench --manifest bench/manifests/wan2.1-t2v-1.3b.json --only overhead,ring --json o.json
+  refit_bench --manifest bench/manifests/wan2.1-t2v-1.3b.json --memory cuda --json cuda.json
 
 A manifest is JSON with "model", "dtype", "name_map", "source" and "target"; tensors are
 ["name", [dims]], and "target" may be "same as source". --scale multiplies every dimension.
 
 Every refit is timed as the trainer sees it, beside a copy of the same bytes between the
 same pages by the fastest method of this machine, and every digest is compared in the end.
+--memory says where trainer and engine have their tensors:
+  host      shared host memory; the floor is the fastest plain copy of this machine
+  cuda      cuMemAlloc, shared by legacy handles; the floor is cuMemcpyDtoD
+  cuda-vmm  cuMemCreate, shared by fds; the floor is cuMemcpyDtoD
+  offload   the trainer's in cuMemAlloc; the engine's in pinned host memory, and of every other
+            layer ("offload" in the manifest) also on the device; the floor is cuMemcpyDtoH and
+            cuMemcpyDtoD
+All but host take the first device of the libcuda.so.1 that the loader finds, in all processes.
+Without a GPU this project's fake driver shows that everything runs, and counts calls; its times
+mean nothing, and the report says so at each:
+  export FAKECUDA_DIR=$(mktemp -d -p /dev/shm) LD_LIBRARY_PATH=build/release/tests/support/fake_cuda
+  refit_bench --manifest bench/manifests/wan2.1-t2v-1.3b.json --scale 0.1 --memory cuda
+  rm -r "$FAKECUDA_DIR"
+
 The exit status says whether everything ran and was verified, not whether a bar was reached:
-0 verified, 1 failed, 2 wrong arguments.)";
+0 verified, 1 failed, 2 wrong arguments, 3 skipped because there is no CUDA driver.)";
 
 std::string beside_this_program() {
   const std::filesystem::path folder = std::filesystem::path(own_path()).parent_path();
@@ -49,6 +65,7 @@ int run(const Options& options) {
   auto bench = Bench::make(options);
   if (!bench) {
     std::fprintf(stderr, "refit_bench: %s\n", bench.error().to_string().c_str());
+    if (bench.error().code == Errc::unsupported) return kExitNoDriver;
     return bench.error().code == Errc::bad_argument ? kExitUsage : kExitFailure;
   }
   catch_interrupts();
@@ -81,6 +98,10 @@ int main(int argc, char** argv) {
       ->type_name("FILE");
   app.add_option("--scale", options.scale, "multiply every dimension by this; at least 1 remains")
       ->capture_default_str();
+  app.add_option("--memory", options.memory, "where the tensors are; see below")
+      ->capture_default_str()
+      ->check(CLI::IsMember(
+          std::set<std::string>(bench::kMemoryKinds.begin(), bench::kMemoryKinds.end())));
   app.add_option("--steps", options.steps, "pairs of refit and copy; 30 is the least for a figure")
       ->capture_default_str()
       ->check(CLI::Range(1, 100'000));

@@ -166,6 +166,8 @@ Result<Model> parse(const json& file) {
   if (!parsed)
     return fail(Errc::bad_argument, "dtype '" + dtype + "' is none of PyTorch's that refit knows");
   model.dtype = *parsed;
+  if (file.contains("offload"))
+    model.layer_lists = file["offload"].value("layer_lists", std::vector<std::string>());
   if (file.contains("name_map")) {
     for (const json& rule : file["name_map"]) {
       model.rules.push_back({rule.at("pattern").get<std::string>(),
@@ -237,9 +239,32 @@ Layout lay_out(const std::vector<ModelTensor>& tensors, std::uint64_t align_byte
   Layout layout;
   for (const ModelTensor& tensor : tensors) {
     layout.offsets.push_back(layout.bytes);
-    layout.bytes += (tensor.bytes + align_bytes - 1) / align_bytes * align_bytes;
+    layout.bytes += rounded_to(tensor.bytes, align_bytes);
   }
   return layout;
+}
+
+std::vector<Extent> layers_of(const Model& model, const std::vector<ModelTensor>& tensors,
+                              const Layout& layout) {
+  /// "blocks.3." of "blocks.3.attn.weight"; empty if the tensor belongs to no layer.
+  const auto layer_of = [&](const std::string& tensor) -> std::string {
+    for (const std::string& list : model.layer_lists) {
+      if (tensor.rfind(list + ".", 0) == 0)
+        return tensor.substr(0, tensor.find('.', list.size() + 1));
+    }
+    return "";
+  };
+  std::vector<Extent> layers;
+  std::string last;
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    const std::string layer = layer_of(tensors[i].name);
+    if (!layer.empty()) {
+      if (layer != last) layers.push_back({layout.offsets[i], 0});
+      layers.back().bytes = layout.offsets[i] + tensors[i].bytes - layers.back().offset;
+    }
+    last = layer;
+  }
+  return layers;
 }
 
 }  // namespace refit::bench

@@ -35,6 +35,9 @@ struct Model {
   std::vector<NameRule> rules;
   std::vector<Placement> placements;  ///< one per source tensor
   std::uint64_t bytes = 0;            ///< of all source tensors, which are those of all targets
+  /// What an engine may offload layer by layer: "blocks" are the layers "blocks.0.", "blocks.1."
+  /// ...
+  std::vector<std::string> layer_lists;
 };
 
 /// Reads `path`, derives every target's shape from its sources by the name map and compares with
@@ -58,6 +61,22 @@ inline constexpr std::uint64_t kPackedAlignBytes = 64;
 /// How 64-byte tensors lie: with a gap after each, so that no two copies can be merged into one.
 inline constexpr std::uint64_t kApartAlignBytes = 128;
 
+[[nodiscard]] inline std::uint64_t rounded_to(std::uint64_t bytes, std::uint64_t align_bytes) {
+  return (bytes + align_bytes - 1) / align_bytes * align_bytes;
+}
+
 [[nodiscard]] Layout lay_out(const std::vector<ModelTensor>& tensors, std::uint64_t align_bytes);
+
+/// A run of bytes in an arena.
+struct Extent {
+  std::uint64_t offset = 0;
+  std::uint64_t bytes = 0;
+};
+
+/// Where the layers of `model.layer_lists` lie: one extent for each run of neighbours in `tensors`
+/// that belong to one layer.
+[[nodiscard]] std::vector<Extent> layers_of(const Model& model,
+                                            const std::vector<ModelTensor>& tensors,
+                                            const Layout& layout);
 
 }  // namespace refit::bench

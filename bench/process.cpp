@@ -234,7 +234,7 @@ Result<Message> Peer::hear() {
 
 Result<void> Peer::end() {
   REFIT_TRY(call({{"command", "quit"}}));
-  constexpr auto kPatience = std::chrono::seconds(60);
+  constexpr auto kPatience = std::chrono::seconds(60);  // a device's memory is given back slowly
   if (child_.wait(kPatience) && child_.succeeded()) return {};
   return fail(Errc::os, "the bench's " + role_ + " did not end well: it " + child_.ending());
 }

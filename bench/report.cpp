@@ -8,6 +8,7 @@
 #include <fstream>
 #include <functional>
 #include <optional>
+#include <set>
 #include <vector>
 
 namespace refit::bench {
@@ -60,7 +61,22 @@ std::string with_1693_tensors(const ordered_json& figures) {
   return figures.at("tensors") == 1693 ? "" : "stated for 1,693 tensors (qwen-image)";
 }
 
-const std::vector<Bar>& bars() {
+/// What must hold where devices copy: counts, which any driver shows.
+std::vector<Bar> device_bars(const ordered_json& figures) {
+  const double pairs = figures.at("memory") == "offload" ? 2 : 1;
+  return {
+      {"driver calls that open or allocate, full size", "/driver_opens_per_refit/full", true, 0,
+       std::nullopt, anywhere},
+      {"driver calls that open or allocate, 64-byte tensors", "/driver_opens_per_refit/small", true,
+       0, std::nullopt, anywhere},
+      {"driver calls that copy, one for each pair of places, full size",
+       "/driver_copies_per_refit/full", true, pairs, std::nullopt, anywhere},
+      {"driver calls that copy, one for each pair of places, 64-byte tensors",
+       "/driver_copies_per_refit/small", true, pairs, std::nullopt, anywhere},
+  };
+}
+
+const std::vector<Bar>& host_bars() {
   static const std::vector<Bar> all{
       {"refit over memcpy", "/refit_over_memcpy", true, 1.05, 1.00, wan_or_klein},
       {"first refit over memcpy", "/first_refit_over_memcpy", true, 1.3, 1.1, at_full_scale},
@@ -145,6 +161,24 @@ void print_table(const std::vector<std::vector<std::string>>& rows) {
   }
 }
 
+/// Figures that take a line for each of their parts.
+const std::set<std::string> kLists{"memcpy_methods_s", "syscalls_by_name", "driver_calls_by_name",
+                                   "driver", "machine"};
+
+/// A time, or a ratio or a rate of times.
+bool is_time(const std::string& key) {
+  for (const std::string part : {"_s", "_ms", "_us", "_ns", "_GBps", "_per_GB", "_over_"}) {
+    const auto at = key.rfind(part);
+    if (at == std::string::npos) continue;
+    if (part.back() == '_' || at + part.size() == key.size()) return true;
+  }
+  return false;
+}
+
+bool is_of_fake_driver(const ordered_json& figures) {
+  return figures.at("driver").is_object() && figures.at("driver").at("kind") == "fake";
+}
+
 std::string reason_for(const ordered_json& figures, const std::string& path) {
   for (const ordered_json& entry : figures.at("skipped")) {
     std::string key("/");
@@ -158,8 +192,15 @@ std::string reason_for(const ordered_json& figures, const std::string& path) {
 }  // namespace
 
 void judge(ordered_json& figures) {
+  if (is_of_fake_driver(figures)) {
+    figures["not_of_hardware"] = ordered_json::array();
+    for (const auto& [key, value] : figures.items()) {
+      if (is_time(key) && !value.is_null()) figures["not_of_hardware"].push_back(key);
+    }
+  }
   figures["bars"] = ordered_json::array();
-  for (const Bar& bar : bars()) {
+  const bool on_host = figures.at("memory") == "host";
+  for (const Bar& bar : on_host ? host_bars() : device_bars(figures)) {
     ordered_json row{
         {"what", bar.what}, {"value", nullptr}, {"bar", bar.bar}, {"at_most", bar.at_most}};
     row["aim"] = bar.aim ? ordered_json(*bar.aim) : ordered_json(nullptr);
@@ -189,16 +230,20 @@ void judge(ordered_json& figures) {
 }
 
 void print_tables(const ordered_json& figures) {
+  const bool fake = is_of_fake_driver(figures);
   std::vector<std::vector<std::string>> rows{{"figure", "value"}};
+  if (fake) rows.front() = {"figure", "says nothing of hardware", "value"};
   for (const auto& [key, value] : figures.items()) {
-    if (key == "bars" || key == "skipped" || value.is_null()) continue;
-    const bool is_list = key == "memcpy_methods_s" || key == "syscalls_by_name" || key == "machine";
-    if (!is_list || !value.is_object()) {
-      rows.push_back({key, text_of(value)});
+    if (key == "bars" || key == "skipped" || key == "not_of_hardware" || value.is_null()) continue;
+    const auto add = [&](const std::string& name, const ordered_json& of) {
+      rows.push_back({name, text_of(of)});
+      if (fake) rows.back().insert(rows.back().end() - 1, is_time(key) ? "fake driver" : "");
+    };
+    if (kLists.count(key) == 0 || !value.is_object()) {
+      add(key, value);
       continue;
     }
-    for (const auto& [name, part] : value.items())
-      rows.push_back({key + ": " + name, text_of(part)});
+    for (const auto& [name, part] : value.items()) add(key + ": " + name, part);
   }
   print_table(rows);
   std::printf("\n");

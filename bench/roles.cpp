@@ -77,7 +77,9 @@ Result<void> Role::handle(Message& command, Reply& reply) {
 }
 
 Side Role::side_of(const std::vector<ModelTensor>& tensors) const {
-  return {model_.dtype, tensors, layout_of(tensors, cut_)};
+  Layout layout = layout_of(tensors, cut_);
+  std::vector<Extent> layers = layers_of(model_, tensors, layout);
+  return {model_.dtype, tensors, std::move(layout), std::move(layers)};
 }
 
 Result<void> Role::load(const nlohmann::json& command, Reply& reply) {

@@ -3,6 +3,7 @@
 // One thread. Must not know how any kind allocates.
 #include "storage.hpp"
 
+#include "device_storage.hpp"
 #include "host_storage.hpp"
 
 namespace refit::bench {
@@ -14,16 +15,22 @@ void Storage::lie_at(std::byte* address, std::byte* view) {
   view_ = {view, side_.layout};
 }
 
-void Storage::register_in(std::shared_ptr<Memory> region) { region_ = std::move(region); }
+void Storage::register_in(std::shared_ptr<Memory> region, std::shared_ptr<DeviceFence> fence) {
+  region_ = std::move(region);
+  fence_ = std::move(fence);
+}
 
 Result<ModuleSpec> Storage::module(const std::string& name) const {
   REFIT_ASSERT(region_ != nullptr);
   ModuleSpec module(name);
+  module.set_fence(fence_);
+  REFIT_TRY(begin(module));
   for (std::size_t i = 0; i < side_.tensors.size(); ++i) {
     const ModelTensor& tensor = side_.tensors[i];
     REFIT_TRY(module.add(tensor.name, side_.dtype, tensor.shape, region_,
                          address_ + side_.layout.offsets[i]));
   }
+  REFIT_TRY(complete(module));
   return module;
 }
 
@@ -33,7 +40,7 @@ Result<std::pair<double, std::uint64_t>> Storage::populate_fresh(int) const {
 
 Result<std::unique_ptr<MemoryKind>> make_memory_kind(const std::string& name) {
   if (name == kHostMemory) return make_host_kind();
-  return fail(Errc::bad_argument, "no memory kind is called '" + name + "'");
+  return make_device_kind(name);
 }
 
 }  // namespace refit::bench

@@ -1,10 +1,11 @@
-// Where a model's bytes lie: one side's tensors in some kind of memory, and how the
+// Where a model's bytes lie: one side's tensors in the memory that --memory names, and how the
 // bench fills, reads, registers and copies them there.
 //
 // A role holds Storage and knows no kind; make_memory_kind() is the one place that does. Entered by
 // a role's one thread. Only floor copies are timed. Knows nothing of the daemon.
 #pragma once
 
+#include <array>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -13,6 +14,7 @@
 
 #include "model.hpp"
 #include "posix/unique_fd.hpp"
+#include "refit/device_memory.hpp"
 #include "refit/memory.hpp"
 #include "refit/module.hpp"
 #include "refit/result.hpp"
@@ -20,6 +22,7 @@
 
 namespace refit::bench {
 
+inline constexpr std::array kMemoryKinds{"host", "cuda", "cuda-vmm", "offload"};
 inline constexpr const char* kHostMemory = "host";
 /// In the names of all tensor memory of the bench, so that /proc/PID/smaps of the daemon can be
 /// told apart.
@@ -30,6 +33,7 @@ struct Side {
   DType dtype = DType::bfloat16;
   std::vector<ModelTensor> tensors;
   Layout layout;
+  std::vector<Extent> layers;  ///< runs of bytes that hold one layer each
 };
 
 /// Plain copies of the same number of bytes between the same memory: what a refit is compared with.
@@ -85,16 +89,21 @@ class Storage {
   [[nodiscard]] const Side& side() const noexcept { return side_; }
   void lie_at(std::byte* address, std::byte* view);
   /// What module() registers the tensors in.
-  void register_in(std::shared_ptr<Memory> region);
+  void register_in(std::shared_ptr<Memory> region, std::shared_ptr<DeviceFence> fence = nullptr);
 
  private:
+  /// What the module has before its first tensor, and once it is whole.
+  [[nodiscard]] virtual Result<void> begin(ModuleSpec&) const { return {}; }
+  [[nodiscard]] virtual Result<void> complete(ModuleSpec&) const { return {}; }
+
   Side side_;
   Arena view_;
   std::byte* address_ = nullptr;
   std::shared_ptr<Memory> region_;
+  std::shared_ptr<DeviceFence> fence_;
 };
 
-/// How a kind of memory comes by its storage.
+/// How --memory's kinds come by their storage.
 class MemoryKind {
  public:
   virtual ~MemoryKind() = default;
@@ -107,7 +116,7 @@ class MemoryKind {
                                                                     UniqueFd fd) = 0;
 };
 
-/// Errors: bad_argument for a name that no kind has.
+/// Errors: bad_argument for a name that is not in kMemoryKinds; unsupported without a driver.
 [[nodiscard]] Result<std::unique_ptr<MemoryKind>> make_memory_kind(const std::string& name);
 
 }  // namespace refit::bench
