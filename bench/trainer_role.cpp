@@ -259,7 +259,7 @@ class TrainerRole final : public Role {
                                 Deadline::in(kCallTimeout));
       }));
       REFIT_TRY(fast);
-      read_s.push_back(read_all(holding_.target.data, floor_bytes()));
+      read_s.push_back(read_all(target_->view().data, model().bytes));
     }
     REFIT_TRY(compare_digests(expected));
     REFIT_TRY(prove_check_can_fail(request));
