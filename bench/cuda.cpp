@@ -25,7 +25,8 @@ constexpr std::uint64_t kBlockBytes = std::uint64_t{2} << 20;
 CUmemAllocationProp vmm_properties() {
   CUmemAllocationProp properties{};
   properties.type = CU_MEM_ALLOCATION_TYPE_PINNED;
-  properties.location = {CU_MEM_LOCATION_TYPE_DEVICE, {0}};
+  properties.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
+  properties.location.id = 0;
   properties.requestedHandleTypes = kFd;
   return properties;
 }

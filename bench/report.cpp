@@ -235,9 +235,10 @@ void print_tables(const ordered_json& figures) {
   if (fake) rows.front() = {"figure", "says nothing of hardware", "value"};
   for (const auto& [key, value] : figures.items()) {
     if (key == "bars" || key == "skipped" || key == "not_of_hardware" || value.is_null()) continue;
-    const auto add = [&](const std::string& name, const ordered_json& of) {
+    const bool marked = is_time(key);
+    const auto add = [&rows, fake, marked](const std::string& name, const ordered_json& of) {
       rows.push_back({name, text_of(of)});
-      if (fake) rows.back().insert(rows.back().end() - 1, is_time(key) ? "fake driver" : "");
+      if (fake) rows.back().insert(rows.back().end() - 1, marked ? "fake driver" : "");
     };
     if (kLists.count(key) == 0 || !value.is_object()) {
       add(key, value);
