@@ -113,6 +113,7 @@ Result<DaemonStatus> Observer::status(Deadline deadline) {
       module.asleep = entry->asleep();
       module.uid = entry->uid();
       module.restricted = entry->restricted();
+      if (entry->proven()) module.proven_version = entry->proven_version();
       status.modules.push_back(std::move(module));
     }
   }
@@ -190,6 +191,8 @@ Result<DaemonMetrics> Observer::metrics(Deadline deadline) {
   metrics.tensors_verified = body->tensors_verified();
   metrics.tensors_mismatched = body->tensors_mismatched();
   metrics.tensors_missing = body->tensors_missing();
+  metrics.proofs = {body->proofs_equal(), body->proofs_different(), body->proofs_overtaken(),
+                    body->proofs_unreadable()};
   if (body->quotas() != nullptr) {
     for (const auto* entry : *body->quotas()) {
       metrics.quotas.push_back(

@@ -220,6 +220,7 @@ Result<CheckReport> check(Session& session, const CheckRequest& request, Deadlin
   report.absent = names_from_wire(body->absent());
   report.state = static_cast<ModuleState>(body->state());
   report.version = body->version();
+  if (body->proven()) report.proven_version = body->proven_version();
   return report;
 }
 

@@ -205,6 +205,12 @@ std::span<const std::byte> ElementReader::next() {
   return {gathered_.data(), used};
 }
 
+std::uint64_t span_bytes(const TensorSpec& spec) noexcept {
+  std::uint64_t last = 0;
+  for (std::size_t i = 0; i < spec.shape.size(); ++i) last += (spec.shape[i] - 1) * spec.strides[i];
+  return (last + 1) * element_bytes(spec.dtype);
+}
+
 void update_with_elements(Hasher& hasher, const TensorView& tensor) {
   ElementReader elements;
   elements.begin(tensor);

@@ -86,6 +86,9 @@ class ElementReader {
   std::array<std::byte, 8192> gathered_;
 };
 
+/// From the first byte of the first element to behind the last one's; not of an empty tensor.
+[[nodiscard]] std::uint64_t span_bytes(const TensorSpec& spec) noexcept;
+
 /// Feeds a tensor's bytes to `hasher` in row-major order, whatever its strides. No prefix.
 void update_with_elements(Hasher& hasher, const TensorView& tensor);
 

@@ -34,6 +34,11 @@ constexpr std::array kOptions{
            "Threads that copy; 0: one for each CPU.", REFIT_AT(copy_threads)},
     Option{"check_threads", "--check-threads", OptionType::integer, 0, 0, 256, false,
            "Threads that hash and populate; 0: one for each CPU.", REFIT_AT(check_threads)},
+    Option{
+        "proof_threads", "--proof-threads", OptionType::integer, 1, 0, 256, false,
+        "Threads that compare, on cores that are idle, what each refit wrote with what the engine "
+        "holds; 0: none.",
+        REFIT_AT(proof_threads)},
     Option{"drain_timeout_ms", "--drain-timeout-ms", OptionType::integer, 10'000, 0, 600'000, true,
            "On SIGTERM: how long waiting refits may still take.", REFIT_AT(drain_timeout_ms)},
     Option{"hello_timeout_ms", "", OptionType::integer, 5'000, 100, 600'000, true,

@@ -46,6 +46,7 @@ struct Settings {
   Waiting waiting = Waiting::adaptive;
   unsigned copy_threads = 0;   ///< 0: one for each CPU this process may use
   unsigned check_threads = 0;  ///< likewise
+  unsigned proof_threads = 0;  ///< 0: no proof in the background
   std::uint64_t drain_timeout_ms = 0;
   std::uint64_t hello_timeout_ms = 0;
   std::uint64_t fd_timeout_ms = 0;

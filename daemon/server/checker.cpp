@@ -294,6 +294,7 @@ void Checker::reply_check(Session& asker, const CheckOperation& operation) {
   const auto verified =
       static_cast<std::uint32_t>(distinct(seen)) - static_cast<std::uint32_t>(wrong_count);
   note_check(operation, verified, wrong_count);
+  const std::optional<Proof>& proof = operation.hashing.registration->proof;
   auto& fbb = replies_.builder();
   const auto missing_list = fbb.CreateVectorOfStrings(operation.missing);
   const auto mismatched_list = fbb.CreateVectorOfStrings(mismatched);
@@ -302,7 +303,8 @@ void Checker::reply_check(Session& asker, const CheckOperation& operation) {
   replies_.send(asker, operation.request_id, wire::Body::Checked,
                 wire::CreateChecked(fbb, verified, missing_list, mismatched_list,
                                     static_cast<std::uint8_t>(operation.reading.word.state),
-                                    operation.reading.version, device_list, absent_list)
+                                    operation.reading.version, device_list, absent_list,
+                                    proof.has_value(), proof ? proof->version : 0)
                     .Union());
 }
 

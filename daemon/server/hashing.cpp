@@ -26,13 +26,6 @@ std::uint64_t bytes_of(const TensorSpec& spec) {
   return bytes;
 }
 
-/// From the first byte of the first element to behind the last one's; not of an empty tensor.
-std::uint64_t span_bytes(const TensorSpec& spec) {
-  std::uint64_t last = 0;
-  for (std::size_t i = 0; i < spec.shape.size(); ++i) last += (spec.shape[i] - 1) * spec.strides[i];
-  return (last + 1) * element_bytes(spec.dtype);
-}
-
 /// Its elements stand in row-major order without gaps.
 bool is_contiguous(const TensorSpec& spec) {
   std::uint64_t expected = 1;

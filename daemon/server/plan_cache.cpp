@@ -67,19 +67,6 @@ bool has_device_pool(const Registration& target) {
   return false;
 }
 
-CopyOp op_of(const BoundPlan& bound, const Copy& copy, std::byte* target) {
-  CopyOp op;
-  op.source = bound.source->regions[copy.source_region].data() + copy.source_offset;
-  op.target = target;
-  op.run_bytes = copy.run_bytes;
-  op.loop_count = copy.loop_count;
-  for (std::uint32_t i = 0; i < copy.loop_count; ++i) {
-    op.loops[i] = {copy.loops[i].count, copy.loops[i].source_stride_bytes,
-                   copy.loops[i].target_stride_bytes};
-  }
-  return op;
-}
-
 void bind_layers(BoundPlan& bound) {
   const std::vector<Copy>& copies = bound.plan.layer_copies;
   bound.layer_ops.reserve(copies.size());
@@ -122,6 +109,19 @@ void bind(BoundPlan& bound) {
 }
 
 }  // namespace
+
+CopyOp op_of(const BoundPlan& bound, const Copy& copy, std::byte* target) {
+  CopyOp op;
+  op.source = bound.source->regions[copy.source_region].data() + copy.source_offset;
+  op.target = target;
+  op.run_bytes = copy.run_bytes;
+  op.loop_count = copy.loop_count;
+  for (std::uint32_t i = 0; i < copy.loop_count; ++i) {
+    op.loops[i] = {copy.loops[i].count, copy.loops[i].source_stride_bytes,
+                   copy.loops[i].target_stride_bytes};
+  }
+  return op;
+}
 
 bool same_selection(const std::vector<std::string>& held, const Names* asked) {
   const std::size_t count = asked == nullptr ? 0 : asked->size();

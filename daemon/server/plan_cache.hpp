@@ -65,6 +65,9 @@ struct BoundPlan {
   [[nodiscard]] Result<void> settle(const RequestRegion& engine);
 };
 
+/// `copy` with the address of its source, and its target at `target`.
+[[nodiscard]] CopyOp op_of(const BoundPlan& bound, const Copy& copy, std::byte* target);
+
 /// True if `held` are the names that a message asks for; none asked for is an empty list.
 bool same_selection(const std::vector<std::string>& held, const Names* asked);
 

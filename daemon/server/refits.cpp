@@ -675,6 +675,10 @@ void Refits::reply(Refit& refit) {
                                        refit.sent_again, refit.device_bytes)
                       .Union());
   }
+  if (on_commit) {
+    for (const Target& target : refit.targets)
+      on_commit(*refit.engines[target.engine], target.module, target.plan);
+  }
   release_engines(refit);
 }
 

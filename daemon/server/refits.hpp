@@ -46,6 +46,11 @@ class Refits {
   /// When a waiting refit has to be looked at next.
   [[nodiscard]] Clock::time_point next_deadline() const;
 
+  /// A module holds what the plan wrote, and its trainer knows. Allocates nothing.
+  std::function<void(const Session& engine, const std::shared_ptr<Module>&,
+                     const std::shared_ptr<BoundPlan>&)>
+      on_commit;
+
   [[nodiscard]] bool idle() const noexcept { return active_.empty(); }
   /// Calls off everything that is not writing.
   void cancel_waiting(const Error& reason);

@@ -117,7 +117,8 @@ void reply_status(Replies& replies, Session& asker, std::uint64_t request_id,
           fbb, name, module_text, static_cast<std::uint8_t>(reading.word.state), reading.version,
           source, &transaction, static_cast<std::uint32_t>(registration.manifest->tensors().size()),
           registration.manifest->bytes(), module->refits, &last, module->last_bytes,
-          registration.populated, registration.asleep, session->peer.uid));
+          registration.populated, registration.asleep, session->peer.uid, /*restricted=*/false,
+          registration.proof.has_value(), registration.proof ? registration.proof->version : 0));
     }
   }
   const auto version = fbb.CreateString(kVersion);
@@ -185,12 +186,14 @@ void reply_metrics(Replies& replies, Session& asker, std::uint64_t request_id,
   const auto module_list = fbb.CreateVector(modules);
   replies.send(
       asker, request_id, wire::Body::Metrics,
-      wire::CreateMetrics(fbb, version, kProtocolVersion, kLayoutHash, kernel,
-                          static_cast<std::uint8_t>(facts.waiting), facts.draining, facts.uptime_us,
-                          statistics.committed_count(), statistics.moved_bytes(), failure_list,
-                          bounds, wait, gate, copy, total, statistics.checks(),
-                          statistics.tensors_verified(), statistics.tensors_mismatched(),
-                          statistics.tensors_missing(), quota_list, module_list)
+      wire::CreateMetrics(
+          fbb, version, kProtocolVersion, kLayoutHash, kernel,
+          static_cast<std::uint8_t>(facts.waiting), facts.draining, facts.uptime_us,
+          statistics.committed_count(), statistics.moved_bytes(), failure_list, bounds, wait, gate,
+          copy, total, statistics.checks(), statistics.tensors_verified(),
+          statistics.tensors_mismatched(), statistics.tensors_missing(), quota_list, module_list,
+          statistics.proofs(ProofResult::equal), statistics.proofs(ProofResult::different),
+          statistics.proofs(ProofResult::overtaken), statistics.proofs(ProofResult::unreadable))
           .Union());
 }
 

@@ -151,7 +151,11 @@ Result<void> Server::set_up(ConfigurationSource source) {
   devices_.lost = [this](const Error& error) { device_lost_ = error; };
   checker_ = std::make_unique<Checker>(registry_, scheduler_, replies_, *background_, devices_,
                                        statistics_);
-  sleeper_ = std::make_unique<Sleeper>(registry_, scheduler_, replies_, *background_);
+  prover_ = std::make_unique<Prover>(settings().proof_threads, completions_, devices_, statistics_);
+  refits_->on_commit = [this](const Session& engine, const auto& module, const auto& plan) {
+    prover_->committed(engine, module, plan);
+  };
+  sleeper_ = std::make_unique<Sleeper>(registry_, scheduler_, replies_, *background_, completions_);
   reloader_ = std::make_unique<Reloader>(std::move(source), configuration_, registry_, replies_,
                                          *background_);
   reloader_->changed = [this] { on_configuration_changed(); };
@@ -161,6 +165,7 @@ Result<void> Server::set_up(ConfigurationSource source) {
   registrar_->release_module = [this](Session& session, Module& module) {
     if (!refits_->on_registration_end(session, module)) return false;
     checker_->on_registration_end(module);
+    prover_->forget(*module.registration);
     return true;
   };
   sleeper_->release_module = registrar_->release_module;
@@ -236,6 +241,7 @@ Server::~Server() {
   for (auto& [id, session] : registry_.sessions) session->sources.clear();
   connecting_.clear();
   // The pools first: what they still hold points into the members below.
+  prover_->stop();
   copy_pool_.reset();
   background_.reset();
   closers_.reset();
@@ -568,6 +574,7 @@ void Server::end_session(Session& session, const std::string& reason) {
   refits_->on_session_end(session);
   checker_->on_session_end(session);
   sleeper_->on_session_end(session);
+  for (const auto& [name, module] : session.modules) prover_->forget(*module->registration);
   discard_tickets(session, Clock::time_point::max());
   // The peer sees the end at once, also when a refit still holds the session.
   ::shutdown(session.socket.get(), SHUT_RDWR);

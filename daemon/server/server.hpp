@@ -16,6 +16,7 @@
 #include "server/checker.hpp"
 #include "server/completion.hpp"
 #include "server/listener.hpp"
+#include "server/prover.hpp"
 #include "server/refits.hpp"
 #include "server/registrar.hpp"
 #include "server/registry.hpp"
@@ -102,6 +103,7 @@ class Server {
   std::unique_ptr<Registrar> registrar_;
   std::unique_ptr<Refits> refits_;
   std::unique_ptr<Checker> checker_;
+  std::unique_ptr<Prover> prover_;
   std::unique_ptr<Sleeper> sleeper_;
   std::unique_ptr<Reloader> reloader_;
 

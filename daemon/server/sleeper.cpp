@@ -29,19 +29,22 @@ class Sleeper::SleepOperation final : public Operation {
 
 class Sleeper::UnmapJob final : public BackgroundJob {
  public:
-  UnmapJob(SleepOperation& operation, std::vector<std::shared_ptr<Registration>> given_up)
-      : BackgroundJob(1), operation_(operation), given_up_(std::move(given_up)) {}
+  explicit UnmapJob(std::vector<std::shared_ptr<Registration>> given_up)
+      : BackgroundJob(1), given_up_(std::move(given_up)) {}
   void run_part(std::size_t) override { given_up_.clear(); }
-  void finished() override { operation_.owner.finish(operation_); }
+  void finished() override {}
 
  private:
-  SleepOperation& operation_;
   std::vector<std::shared_ptr<Registration>> given_up_;
 };
 
 Sleeper::Sleeper(Registry& registry, Scheduler& scheduler, Replies& replies,
-                 BackgroundPool& background)
-    : registry_(registry), scheduler_(scheduler), replies_(replies), background_(background) {}
+                 BackgroundPool& background, CompletionQueue& completions)
+    : registry_(registry),
+      scheduler_(scheduler),
+      replies_(replies),
+      background_(background),
+      completions_(completions) {}
 
 Sleeper::~Sleeper() = default;
 
@@ -71,6 +74,9 @@ void Sleeper::sleep(Session& session, std::uint64_t request_id) {
 
 void Sleeper::unmap(SleepOperation& operation) {
   Session& engine = *operation.engines.front();
+  // A proof may still read it; whoever lets go of it last ends the wait.
+  const std::shared_ptr<void> unmapped =
+      when_let_go(completions_, [&operation] { operation.owner.finish(operation); });
   std::vector<std::shared_ptr<Registration>> given_up;
   for (const auto& [name, module] : engine.modules) {
     if (module->registration->asleep) continue;
@@ -80,9 +86,10 @@ void Sleeper::unmap(SleepOperation& operation) {
     auto left = std::make_shared<Registration>();
     left->manifest = module->registration->manifest;
     left->asleep = true;
+    module->registration->awaited = unmapped;
     given_up.push_back(std::exchange(module->registration, std::move(left)));
   }
-  background_.submit(std::make_unique<UnmapJob>(operation, std::move(given_up)),
+  background_.submit(std::make_unique<UnmapJob>(std::move(given_up)),
                      BackgroundPool::Priority::first);
 }
 

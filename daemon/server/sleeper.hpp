@@ -18,7 +18,8 @@ namespace refit::daemon {
 
 class Sleeper {
  public:
-  Sleeper(Registry& registry, Scheduler& scheduler, Replies& replies, BackgroundPool& background);
+  Sleeper(Registry& registry, Scheduler& scheduler, Replies& replies, BackgroundPool& background,
+          CompletionQueue& completions);
   ~Sleeper();
 
   /// Refuses what waits for the engine. False: a refit is writing it.
@@ -44,6 +45,7 @@ class Sleeper {
   Scheduler& scheduler_;
   Replies& replies_;
   BackgroundPool& background_;
+  CompletionQueue& completions_;
   std::vector<std::unique_ptr<SleepOperation>> operations_;
 };
 

@@ -36,6 +36,15 @@ class Histogram {
   double sum_us_ = 0;
 };
 
+/// What a proof in the background found.
+enum class ProofResult : std::uint8_t {
+  equal,
+  different,   ///< from the source as it is now, which the trainer may have changed since
+  overtaken,   ///< by the next refit, or the memory was given up
+  unreadable,  ///< memory that faulted, or a device that did not answer
+};
+inline constexpr std::size_t kProofResults = 4;
+
 class Statistics {
  public:
   /// Every refit that was begun is counted once: here, or as failed. One that is answered from the
@@ -58,6 +67,7 @@ class Statistics {
     tensors_mismatched_ += mismatched;
     tensors_missing_ += missing;
   }
+  void proved(ProofResult result) noexcept { ++proofs_[static_cast<std::size_t>(result)]; }
 
   [[nodiscard]] std::uint64_t committed_count() const noexcept { return committed_; }
   [[nodiscard]] std::uint64_t moved_bytes() const noexcept { return moved_bytes_; }
@@ -71,6 +81,9 @@ class Statistics {
   [[nodiscard]] std::uint64_t tensors_verified() const noexcept { return tensors_verified_; }
   [[nodiscard]] std::uint64_t tensors_mismatched() const noexcept { return tensors_mismatched_; }
   [[nodiscard]] std::uint64_t tensors_missing() const noexcept { return tensors_missing_; }
+  [[nodiscard]] std::uint64_t proofs(ProofResult result) const noexcept {
+    return proofs_[static_cast<std::size_t>(result)];
+  }
 
  private:
   std::uint64_t committed_ = 0;
@@ -81,6 +94,7 @@ class Statistics {
   std::uint64_t tensors_verified_ = 0;
   std::uint64_t tensors_mismatched_ = 0;
   std::uint64_t tensors_missing_ = 0;
+  std::array<std::uint64_t, kProofResults> proofs_{};
 };
 
 }  // namespace refit::daemon

@@ -20,7 +20,12 @@ const RefitTarget kTransformer{"flux", "transformer"};
 
 class Devices : public Refit {
  protected:
-  using Refit::Refit;
+  /// Without proofs, whose calls come when they like.
+  explicit Devices(DaemonOptions how = {}) : Refit(without_proof(std::move(how))) {}
+  static DaemonOptions without_proof(DaemonOptions how) {
+    how.arguments.insert(how.arguments.end(), {"--proof-threads", "0"});
+    return how;
+  }
 
   fakecuda::ProcessReport daemon_report() {
     auto report = fakecuda::ProcessReport::open(std::getenv("FAKECUDA_DIR"), daemon_.pid());

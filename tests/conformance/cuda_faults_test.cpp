@@ -77,6 +77,7 @@ std::map<std::string, std::uint64_t> CudaFaults::live(const std::string& functio
   DaemonOptions how;
   how.environment = {{"FAKECUDA_ROLE", "daemon"},
                      {"FAKECUDA_ON_LEAK", "ignore"}};  // what could not be given back
+  how.arguments = {"--proof-threads", "0"};            // whose calls come when they like
   if (!function.empty()) {
     how.environment["FAKECUDA_FAULT"] = function + "#" + std::to_string(k) + "=" +
                                         std::to_string(fault().code) + ":" + fault().kind;

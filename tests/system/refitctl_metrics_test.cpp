@@ -79,8 +79,9 @@ TEST_F(RefitctlMetrics, RefitsChecksAndFailuresAreCounted) {
 
 TEST_F(RefitctlMetrics, OnlyACheckOfTheWholeModuleProvesIt) {
   // Goal: the lag is that of the last version that was proven whole. Method: it is read before any
-  // check, after one of a single tensor, after one of all, and after another refit.
-  daemon_->start();
+  // check, after one of a single tensor, after one of all, and after another refit, by a daemon
+  // that proves nothing by itself.
+  daemon_->start(REFITD_PATH, "", {"--proof-threads", "0"});
   start_engine({"a", "b"});
   ASSERT_TRUE(refit_once({"a", "b"}, '+'));
   const Exposition unproven = scrape();

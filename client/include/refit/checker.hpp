@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -30,6 +31,8 @@ struct CheckReport {
   std::vector<std::string> absent;             ///< asked for on the device, and not there now
   ModuleState state = ModuleState::none;
   std::uint64_t version = 0;
+  /// The last version of which a check or the proof in the background found every tensor equal.
+  std::optional<std::uint64_t> proven_version;
 
   /// Everything expected is there, equal, and the module is whole.
   [[nodiscard]] bool ok() const noexcept {

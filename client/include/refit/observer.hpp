@@ -45,6 +45,7 @@ struct ModuleStatus {
   bool asleep = false;      ///< its memory was given up and not registered again
   std::uint32_t uid = 0;    ///< the engine's
   bool restricted = false;  ///< another uid's: only names, state and version are told
+  std::optional<std::uint64_t> proven_version;  ///< as ModuleMetrics::proof
 };
 
 struct DaemonStatus {
@@ -72,7 +73,7 @@ struct QuotaUse {
   std::uint64_t limit = 0;  ///< 0: none
 };
 
-/// That a check found every tensor of a module equal.
+/// That a check, or the daemon's proof in the background, found every tensor of a module equal.
 struct ModuleProof {
   std::uint64_t version = 0;
   std::uint64_t age_us = 0;
@@ -84,6 +85,14 @@ struct ModuleMetrics {
   ModuleState state = ModuleState::none;
   std::uint64_t version = 0, refits = 0, bytes = 0;
   std::optional<ModuleProof> proof;  ///< the last one; nothing if there was none
+};
+
+/// What the daemon's proofs in the background found. Where source and target differ, the trainer
+/// may have changed its tensors since: that proves nothing.
+struct ProofCounts {
+  std::uint64_t equal = 0, different = 0;
+  std::uint64_t overtaken = 0;   ///< by the next refit, or the memory was given up
+  std::uint64_t unreadable = 0;  ///< memory that faulted, or a device that did not answer
 };
 
 /// Counters of the daemon's life and what it holds now.
@@ -99,6 +108,7 @@ struct DaemonMetrics {
   std::vector<float> bounds_us;
   PhaseHistogram wait, gate, copy, total;
   std::uint64_t checks = 0, tensors_verified = 0, tensors_mismatched = 0, tensors_missing = 0;
+  ProofCounts proofs;
   std::vector<QuotaUse> quotas;
   std::vector<ModuleMetrics> modules;
 };

@@ -20,6 +20,11 @@ std::string dump_line(const Json& json) {
   return json.dump(-1, ' ', true, Json::error_handler_t::replace) + "\n";
 }
 
+template <typename T>
+Json or_null(const std::optional<T>& value) {
+  return value ? Json(*value) : Json();
+}
+
 Json text_or_null(const std::string& text) { return text.empty() ? Json() : Json(text); }
 
 // A float's shortest decimal, not the double that it widens to; JSON has no infinity.
@@ -34,6 +39,7 @@ Json module_object(const ModuleStatus& module) {
       {"module", module.module},
       {"state", module_state_name(module.state)},
       {"version", module.version},
+      {"proven_version", or_null(module.proven_version)},
       {"source", text_or_null(module.source)},
       {"transaction", module.transaction.is_zero() ? Json() : Json(module.transaction.to_string())},
       {"tensors", module.tensors},
@@ -182,10 +188,11 @@ std::string check_json(const CheckResult& result) {
                {"equal", result.report.verified},
                {"missing", result.report.missing},
                {"mismatched", result.report.mismatched},
-               {"module_equal", result.module_equal ? Json(*result.module_equal) : Json()},
-               {"tensors_live", result.tensors_live ? Json(*result.tensors_live) : Json()},
+               {"module_equal", or_null(result.module_equal)},
+               {"tensors_live", or_null(result.tensors_live)},
                {"state", module_state_name(result.report.state)},
-               {"version", result.report.version}};
+               {"version", result.report.version},
+               {"proven_version", or_null(result.report.proven_version)}};
   if (result.place != Place::host) {
     json["device_mismatched"] = result.report.device_mismatched;
     json["absent"] = result.report.absent;

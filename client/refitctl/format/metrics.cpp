@@ -88,12 +88,12 @@ void add_modules(std::vector<MetricFamily>& families, const std::vector<ModuleMe
   MetricFamily bytes{"refit_module_bytes", "gauge", "Bytes of the module's tensors.", {}};
   MetricFamily lag{"refit_module_proof_lag_versions",
                    "gauge",
-                   "Versions since the last one that a check of all tensors found equal; all of "
-                   "them if there was no such check.",
+                   "Versions since the last one that a check of all tensors, or the proof in the "
+                   "background, found equal; all of them if there is none.",
                    {}};
   MetricFamily age{"refit_module_proof_age_seconds",
                    "gauge",
-                   "Time since a check found all tensors equal; +Inf if there was no such check.",
+                   "Time since all tensors were found equal; +Inf if they never were.",
                    {}};
   for (const ModuleMetrics& module : modules) {
     const Labels labels{
@@ -206,6 +206,15 @@ std::vector<MetricFamily> metric_families(const DaemonMetrics& metrics) {
                       {{"", {{"result", "verified"}}, number(metrics.tensors_verified)},
                        {"", {{"result", "mismatched"}}, number(metrics.tensors_mismatched)},
                        {"", {{"result", "missing"}}, number(metrics.tensors_missing)}}});
+  families.push_back(
+      {"refit_proofs_total",
+       "counter",
+       "Proofs in the background: source and target equal; different, which a trainer "
+       "that has gone on explains; overtaken by the next refit; not readable.",
+       {{"", {{"result", "equal"}}, number(metrics.proofs.equal)},
+        {"", {{"result", "different"}}, number(metrics.proofs.different)},
+        {"", {{"result", "overtaken"}}, number(metrics.proofs.overtaken)},
+        {"", {{"result", "unreadable"}}, number(metrics.proofs.unreadable)}}});
   add_quotas(families, metrics.quotas);
   add_modules(families, metrics.modules);
   return families;

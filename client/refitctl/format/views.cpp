@@ -41,6 +41,13 @@ std::string mixed_warning(ModuleState state, const Style& style) {
          ": its bytes may be a mix of old and new weights; refit it, then look again\n";
 }
 
+// How far the proof is behind the version that is there.
+std::string proof_text(const std::optional<std::uint64_t>& proven, std::uint64_t version) {
+  if (!proven) return "none";
+  if (*proven >= version) return "up to date";
+  return plural(version - *proven, "version") + " behind";
+}
+
 // What the daemon does not tell of another uid's: no zero that could be taken for a fact.
 std::string unless(bool restricted, std::string text) {
   if (restricted) return "-";
@@ -51,6 +58,7 @@ std::string module_table(const DaemonStatus& status, const Style& style) {
   Table table({{"MODULE"},
                {"STATE"},
                {"VERSION", Align::right},
+               {"PROOF"},
                {"SOURCE"},
                {"TRANSACTION"},
                {"REFITS", Align::right},
@@ -59,7 +67,9 @@ std::string module_table(const DaemonStatus& status, const Style& style) {
                {"PAGES"}});
   for (const ModuleStatus& module : status.modules) {
     table.add_row({module.engine + "/" + module.module, state_cell(module.state),
-                   std::to_string(module.version), unless(module.restricted, module.source),
+                   std::to_string(module.version),
+                   unless(module.restricted, proof_text(module.proven_version, module.version)),
+                   unless(module.restricted, module.source),
                    unless(module.restricted, short_transaction(module.transaction)),
                    unless(module.restricted, std::to_string(module.refits)),
                    unless(module.restricted, std::to_string(module.tensors)),
@@ -283,7 +293,9 @@ std::string check_text(const CheckResult& result, const Style& style) {
   text += mixed_warning(report.state, style);
   text += std::to_string(report.verified) + " of " + plural(result.expected, "tensor") +
           " verified by " + std::string(digest_kind_name(result.kind)) + " in " +
-          format_duration_us(result.elapsed_us) + "\n";
+          format_duration_us(result.elapsed_us) +
+          "; proof of the whole module: " + proof_text(report.proven_version, report.version) +
+          "\n";
   if (result.module_equal) {
     text += *result.module_equal ? "the module's digest is equal\n"
                                  : style.paint(Paint::bad, "the module's digest differs") + "\n";

@@ -46,6 +46,7 @@ DaemonStatus sample_status() {
   refitted.module = "transformer";
   refitted.state = ModuleState::committed;
   refitted.version = 12;
+  refitted.proven_version = 11;
   refitted.source = "trainer/transformer";
   refitted.transaction = {0x0123456789abcdefULL, 0xfedcba9876543210ULL};
   refitted.tensors = 825;
@@ -71,6 +72,7 @@ CheckResult sample_check() {
   result.report.verified = 2;
   result.report.state = ModuleState::committed;
   result.report.version = 12;
+  result.report.proven_version = 12;
   result.tensors_live = 2;
   result.elapsed_us = 1500;
   return result;
@@ -135,12 +137,12 @@ TEST(Views, StatusShowsDaemonModulesPhasesAndSessions) {
             "  refits   12\n"
             "\n"
             "Modules\n"
-            "  MODULE               STATE      VERSION  SOURCE               TRANSACTION  REFITS"
-            "  TENSORS      SIZE  PAGES\n"
-            "  engine0/transformer  committed       12  trainer/transformer  01234567         12"
-            "      825  2.64 GiB  populated\n"
-            "  engine0/vae          initial          0  -                    -                 0"
-            "        2  4.00 KiB  pending\n"
+            "  MODULE               STATE      VERSION  PROOF             SOURCE"
+            "               TRANSACTION  REFITS  TENSORS      SIZE  PAGES\n"
+            "  engine0/transformer  committed       12  1 version behind  trainer/transformer"
+            "  01234567         12      825  2.64 GiB  populated\n"
+            "  engine0/vae          initial          0  none              -"
+            "                    -                 0        2  4.00 KiB  pending\n"
             "\n"
             "Last refit, in microseconds\n"
             "  MODULE               WAIT  GATE    COPY  CHECK   TOTAL      SIZE  COPY RATE\n"
@@ -233,6 +235,7 @@ TEST(Views, StatusJsonHasItsKeys) {
                          {"module", "transformer"},
                          {"state", "committed"},
                          {"version", 12},
+                         {"proven_version", 11},
                          {"source", "trainer/transformer"},
                          {"transaction", "0123456789abcdeffedcba9876543210"},
                          {"tensors", 825},
@@ -251,6 +254,7 @@ TEST(Views, StatusJsonHasItsKeys) {
   EXPECT_EQ(root.at("modules").at(0), refitted);
   EXPECT_TRUE(root.at("modules").at(1).at("last_refit").is_null());
   EXPECT_TRUE(root.at("modules").at(1).at("source").is_null());
+  EXPECT_TRUE(root.at("modules").at(1).at("proven_version").is_null());
   EXPECT_TRUE(root.at("modules").at(1).at("transaction").is_null());
   EXPECT_EQ(json::parse(modules_json(sample_status())).at("modules"), root.at("modules"));
 }
@@ -362,9 +366,10 @@ TEST(Views, CheckThatHoldsSaysSo) {
   const CheckResult sut = sample_check();
 
   EXPECT_TRUE(sut.ok());
-  EXPECT_EQ(check_text(sut, Style{}),
-            "engine0/transformer  version 12, committed  ok\n"
-            "2 of 2 tensors verified by sglang in 1.50 ms\n");
+  EXPECT_EQ(
+      check_text(sut, Style{}),
+      "engine0/transformer  version 12, committed  ok\n"
+      "2 of 2 tensors verified by sglang in 1.50 ms; proof of the whole module: up to date\n");
   const json expected = {{"engine", "engine0"},
                          {"module", "transformer"},
                          {"kind", "sglang"},
@@ -376,7 +381,8 @@ TEST(Views, CheckThatHoldsSaysSo) {
                          {"module_equal", nullptr},
                          {"tensors_live", 2},
                          {"state", "committed"},
-                         {"version", 12}};
+                         {"version", 12},
+                         {"proven_version", 12}};
   EXPECT_EQ(json::parse(check_json(sut)), expected);
 }
 
@@ -385,11 +391,12 @@ TEST(Views, CheckListsEveryNameThatFailed) {
   sut.report.verified = 0;
   sut.report.mismatched = {"a"};
   sut.report.missing = {"b"};
+  sut.report.proven_version.reset();
 
   EXPECT_FALSE(sut.ok());
   EXPECT_EQ(check_text(sut, Style{}),
             "engine0/transformer  version 12, committed  FAILED\n"
-            "0 of 2 tensors verified by sglang in 1.50 ms\n"
+            "0 of 2 tensors verified by sglang in 1.50 ms; proof of the whole module: none\n"
             "mismatched 1\n"
             "  a\n"
             "missing 1\n"

@@ -1,0 +1,131 @@
+#include "server/end_comparer.hpp"
+
+#include <algorithm>
+
+namespace refit::daemon {
+namespace {
+
+constexpr std::uint64_t kBlockBytes = std::uint64_t{1} << 20;
+
+/// Hands out `op` in blocks of about kBlockBytes, in order, until `take` returns false.
+template <typename Take>
+bool in_blocks(const CopyOp& op, Take&& take) {
+  CopyOp block = op;
+  if (op.loop_count == 0) {
+    for (std::uint64_t at = 0; at < op.run_bytes; at += kBlockBytes) {
+      block.source = op.source + at;
+      block.target = op.target + at;
+      block.run_bytes = std::min(kBlockBytes, op.run_bytes - at);
+      if (!take(block)) return false;
+    }
+    return true;
+  }
+  // Whole loops from the innermost outwards, as many as fit, and then so many turns of the next.
+  std::uint32_t first = op.loop_count;
+  std::uint64_t bytes = op.run_bytes;
+  while (first > 1 && bytes * op.loops[first - 1].count <= kBlockBytes)
+    bytes *= op.loops[--first].count;
+  const CopyOp::Loop& cut = op.loops[--first];
+  const std::uint64_t turns_max = std::max<std::uint64_t>(1, kBlockBytes / bytes);
+  block.loop_count = op.loop_count - first;
+  std::copy_n(op.loops.begin() + first, block.loop_count, block.loops.begin());
+  std::uint64_t outer_turns = 1;
+  for (std::uint32_t i = 0; i < first; ++i) outer_turns *= op.loops[i].count;
+  for (std::uint64_t outer = 0; outer < outer_turns; ++outer) {
+    const std::byte* source = op.source;
+    std::byte* target = op.target;
+    std::uint64_t rest = outer;
+    for (std::uint32_t i = first; i-- > 0;) {
+      const std::uint64_t index = rest % op.loops[i].count;
+      rest /= op.loops[i].count;
+      source += index * op.loops[i].source_stride_bytes;
+      target += index * op.loops[i].target_stride_bytes;
+    }
+    for (std::uint64_t turn = 0; turn < cut.count; turn += turns_max) {
+      block.source = source + turn * cut.source_stride_bytes;
+      block.target = target + turn * cut.target_stride_bytes;
+      block.loops[0].count = std::min(turns_max, cut.count - turn);
+      if (!take(block)) return false;
+    }
+  }
+  return true;
+}
+
+/// The bytes of a block at one of its ends, as a tensor of bytes.
+void describe(TensorSpec& bytes, const CopyOp& block, std::uint64_t CopyOp::Loop::*stride) {
+  bytes.dtype = DType::uint8;
+  bytes.shape.clear();
+  bytes.strides.clear();
+  for (std::uint32_t i = 0; i < block.loop_count; ++i) {
+    bytes.shape.push_back(block.loops[i].count);
+    bytes.strides.push_back(block.loops[i].*stride);
+  }
+  bytes.shape.push_back(block.run_bytes);
+  bytes.strides.push_back(1);
+}
+
+}  // namespace
+
+EndComparer::Answer EndComparer::compare(const BoundPlan& plan,
+                                         const std::function<bool()>& go_on) {
+  ranges_.clear();
+  for (const auto& registration : {plan.source, plan.target}) {
+    for (const MappedRegion& region : registration->regions) {
+      if (region.kind == RegionKind::host)
+        ranges_.push_back({region.host.data(), region.host.bytes()});
+    }
+  }
+  Answer answer = Answer::equal;
+  for (const Copy& copy : plan.plan.copies) {
+    const MappedRegion& source = plan.source->regions[copy.source_region];
+    const MappedRegion& target = plan.target->regions[copy.target_region];
+    const CopyOp op = op_of(plan, copy, target.data() + copy.target_offset);
+    const bool through = in_blocks(op, [&](const CopyOp& block) {
+      answer = go_on() ? compare_block(block, source, target) : Answer::stopped;
+      return answer == Answer::equal;
+    });
+    if (!through) break;
+  }
+  return answer;
+}
+
+EndComparer::Answer EndComparer::compare_block(const CopyOp& block, const MappedRegion& source,
+                                               const MappedRegion& target) {
+  describe(source_.bytes, block, &CopyOp::Loop::source_stride_bytes);
+  describe(target_.bytes, block, &CopyOp::Loop::target_stride_bytes);
+  if (!fetch(source_, source, block.source) || !fetch(target_, target, block.target))
+    return Answer::unreadable;
+  const bool read = run_guarded(ranges_.data(), ranges_.size(), [this] {
+    update_with_elements(source_.hasher, {&source_.bytes, source_.data});
+    update_with_elements(target_.hasher, {&target_.bytes, target_.data});
+  });
+  if (!read) {
+    source_.hasher.reset();
+    target_.hasher.reset();
+    return Answer::unreadable;
+  }
+  const Digest written = source_.hasher.finish();
+  return written == target_.hasher.finish() ? Answer::equal : Answer::different;
+}
+
+bool EndComparer::fetch(End& end, const MappedRegion& region, const std::byte* begin) {
+  end.data = begin;
+  if (region.kind == RegionKind::host) return true;
+  Devices* const devices = devices_.if_there();
+  if (devices == nullptr) return false;
+  // A strided block on a device comes with all that lies between.
+  end.read.clear();
+  const auto offset = static_cast<std::uint64_t>(begin - region.data());
+  const auto reading = devices->read(*region.device, offset, span_bytes(end.bytes));
+  if (!reading) return false;
+  for (;;) {
+    const auto chunk = (*reading)->next();
+    if (!chunk) return false;
+    if (chunk->empty()) break;
+    end.read.insert(end.read.end(), chunk->begin(), chunk->end());
+  }
+  end.data = end.read.data();
+  return true;
+}
+
+}  // namespace refit::daemon

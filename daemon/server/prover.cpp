@@ -1,0 +1,166 @@
+#include "server/prover.hpp"
+
+#include <pthread.h>
+#include <sched.h>
+
+#include <algorithm>
+#include <string>
+#include <utility>
+
+#include "ipc/state_word.hpp"
+
+namespace refit::daemon {
+namespace {
+
+/// A proof begins when no other refit of the module came for so long: a burst of small ones costs
+/// nobody a wake-up.
+constexpr std::chrono::milliseconds kQuiet{10};
+
+ProofResult result_of(EndComparer::Answer answer) {
+  switch (answer) {
+    case EndComparer::Answer::equal:
+      return ProofResult::equal;
+    case EndComparer::Answer::different:
+      return ProofResult::different;
+    case EndComparer::Answer::unreadable:
+      return ProofResult::unreadable;
+    case EndComparer::Answer::stopped:
+      break;
+  }
+  return ProofResult::overtaken;
+}
+
+}  // namespace
+
+Prover::Prover(unsigned threads, CompletionQueue& completions, DeviceAccess& devices,
+               Statistics& statistics)
+    : completions_(completions), devices_(devices), statistics_(statistics) {
+  queue_.reserve(64);
+  for (unsigned i = 0; i < threads; ++i) {
+    threads_.emplace_back([this] { serve(); });
+    const pthread_t handle = threads_.back().native_handle();
+    ::pthread_setname_np(handle, ("refit-proof-" + std::to_string(i)).c_str());
+    // Where a sandbox forbids it, proofs compete like anybody.
+    const sched_param none{};
+    ::pthread_setschedparam(handle, SCHED_IDLE, &none);
+  }
+}
+
+Prover::~Prover() { stop(); }
+
+void Prover::stop() {
+  {
+    const std::lock_guard lock(mutex_);
+    stopping_ = true;
+    for (const auto& entry : entries_) entry->given_up.store(true);
+  }
+  work_.notify_all();
+  quiet_.notify_all();
+  for (std::thread& thread : threads_) thread.join();
+  threads_.clear();
+  for (const auto& entry : entries_) entry->wanted = {};
+}
+
+Prover::Entry& Prover::entry_of(const std::shared_ptr<Module>& module) {
+  Entry* free = nullptr;
+  for (const auto& entry : entries_) {
+    const auto held = entry->module.lock();
+    if (held == module) return *entry;
+    if (held == nullptr && !entry->queued && !entry->busy && !entry->reported) free = entry.get();
+  }
+  if (free == nullptr) {
+    entries_.push_back(std::make_unique<Entry>(*this));
+    free = entries_.back().get();
+    free->run = [](Completion& self) {
+      auto& entry = static_cast<Entry&>(self);
+      entry.owner.found(entry);
+    };
+  }
+  free->module = module;
+  return *free;
+}
+
+void Prover::committed(const Session& engine, const std::shared_ptr<Module>& module,
+                       const std::shared_ptr<BoundPlan>& plan) {
+  if (threads_.empty()) return;
+  const ModuleReading reading = read_module(engine.memory->response_region().modules[module->slot]);
+  Commit previous;  // let go of behind the lock
+  const std::lock_guard lock(mutex_);
+  Entry& entry = entry_of(module);
+  previous = std::exchange(entry.wanted, {plan, engine.memory, module->slot, reading.word.pack(),
+                                          reading.version, Clock::now()});
+  // A thread that is at it finds the new one when it is through.
+  if (!entry.queued && !entry.busy) enqueue(entry);
+}
+
+void Prover::enqueue(Entry& entry) {
+  entry.queued = true;
+  queue_.push_back(&entry);
+  work_.notify_one();
+}
+
+void Prover::forget(const Registration& registration) {
+  const std::lock_guard lock(mutex_);
+  for (const auto& entry : entries_) {
+    if (entry->wanted.uses(registration)) entry->wanted = {};
+    if (entry->busy && entry->proving.uses(registration)) entry->given_up.store(true);
+  }
+}
+
+void Prover::serve() {
+  EndComparer comparer(devices_);
+  std::unique_lock lock(mutex_);
+  for (;;) {
+    work_.wait(lock, [this] { return stopping_ || !queue_.empty(); });
+    if (stopping_) return;
+    Entry& entry = *queue_.front();
+    queue_.erase(queue_.begin());
+    while (!stopping_ && Clock::now() < entry.wanted.at + kQuiet)
+      quiet_.wait_until(lock, entry.wanted.at + kQuiet);
+    entry.queued = false;
+    entry.proving = std::exchange(entry.wanted, {});
+    if (stopping_ || entry.proving.plan == nullptr) continue;
+    entry.busy = true;
+    entry.given_up.store(false);
+    lock.unlock();
+    const Finding finding = prove(entry, comparer);
+    lock.lock();
+    Commit done = std::exchange(entry.proving, {});
+    entry.busy = false;
+    entry.finding = finding;
+    if (!std::exchange(entry.reported, true)) completions_.push(entry);
+    if (entry.wanted.plan != nullptr && !stopping_) enqueue(entry);
+    // It may hold the last of a client's memory.
+    lock.unlock();
+    done = {};
+    lock.lock();
+  }
+}
+
+Prover::Finding Prover::prove(const Entry& entry, EndComparer& comparer) {
+  const Commit& commit = entry.proving;
+  const auto stands = [&] { return !entry.given_up.load() && commit.stands(); };
+  const EndComparer::Answer answer = comparer.compare(*commit.plan, stands);
+  return {stands() ? result_of(answer) : ProofResult::overtaken, commit.version,
+          commit.plan->target->generation, commit.plan->plan.whole};
+}
+
+/// A refit of some tensors proves a version only on top of the one before.
+void Prover::found(Entry& entry) {
+  Finding finding;
+  {
+    const std::lock_guard lock(mutex_);
+    finding = entry.finding;
+    entry.reported = false;
+  }
+  statistics_.proved(finding.result);
+  const auto module = entry.module.lock();
+  if (module == nullptr || module->registration->generation != finding.generation) return;
+  if (finding.result != ProofResult::equal) return;
+  std::optional<Proof>& proof = module->registration->proof;
+  const std::uint64_t before = proof ? proof->version : 0;
+  if (finding.version < before || (!finding.whole && before + 1 < finding.version)) return;
+  proof = Proof{finding.version, Clock::now()};
+}
+
+}  // namespace refit::daemon

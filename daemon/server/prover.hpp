@@ -1,0 +1,105 @@
+// Prover: after each commit, reads what the engine holds and compares it with what was written.
+//
+// Threads of the idle scheduling class compare XXH3-128 of source and target, block by block; no
+// refit waits for them. The trainer may change its tensors as soon as it has its answer, and
+// another refit may begin: equal blocks under an unchanged state word prove the version, different
+// ones prove nothing, because nobody knows whether the source moved on. What a check proves is the
+// Checker's. Places of layers on a device are not read: they move with every gate.
+//
+// committed, forget and stop: the loop thread, which also gets what was found.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "server/completion.hpp"
+#include "server/device_access.hpp"
+#include "server/end_comparer.hpp"
+#include "server/plan_cache.hpp"
+#include "server/statistics.hpp"
+
+namespace refit::daemon {
+
+class Prover {
+ public:
+  /// `threads` 0: nothing is ever proven here.
+  Prover(unsigned threads, CompletionQueue& completions, DeviceAccess& devices,
+         Statistics& statistics);
+  ~Prover();
+
+  /// `module` of `engine` holds what `plan` wrote. A proof of an earlier version is given up.
+  /// Allocates for a module that it has not seen before.
+  void committed(const Session& engine, const std::shared_ptr<Module>& module,
+                 const std::shared_ptr<BoundPlan>& plan);
+  /// Lets go of the memory of a registration within a block, whichever end of a plan it is.
+  void forget(const Registration& registration);
+  /// Ends the threads and lets go of all memory.
+  void stop();
+
+ private:
+  /// One commit: the plan, and the word that stands as long as its bytes do.
+  struct Commit {
+    std::shared_ptr<BoundPlan> plan;
+    std::shared_ptr<SessionMemory> engine;
+    std::uint32_t slot = 0;
+    std::uint64_t word = 0;
+    std::uint64_t version = 0;
+    Clock::time_point at;
+
+    [[nodiscard]] bool stands() const noexcept {
+      return engine->response_region().modules[slot].word.load() == word;
+    }
+    [[nodiscard]] bool uses(const Registration& registration) const noexcept {
+      return plan != nullptr &&
+             (plan->source.get() == &registration || plan->target.get() == &registration);
+    }
+  };
+
+  /// What became of one commit.
+  struct Finding {
+    ProofResult result = ProofResult::overtaken;
+    std::uint64_t version = 0;
+    std::uint64_t generation = 0;  ///< of the registration that was written
+    bool whole = false;            ///< every tensor was
+  };
+
+  /// The latest commit of one module, on its way to a thread and back to the loop.
+  struct Entry final : Completion {
+    explicit Entry(Prover& prover) : owner(prover) {}
+    Prover& owner;
+    std::weak_ptr<Module> module;  ///< the loop's
+    // Guarded by the mutex.
+    Commit wanted;   ///< without a plan: nothing is
+    Commit proving;  ///< a thread reads it unlocked while it is busy
+    bool queued = false;
+    bool busy = false;
+    bool reported = false;  ///< on its way to the loop
+    Finding finding;
+
+    std::atomic<bool> given_up{false};
+  };
+
+  [[nodiscard]] Entry& entry_of(const std::shared_ptr<Module>& module);
+  void enqueue(Entry& entry);
+  void serve();
+  [[nodiscard]] static Finding prove(const Entry& entry, EndComparer& comparer);
+  void found(Entry& entry);
+
+  CompletionQueue& completions_;
+  DeviceAccess& devices_;
+  Statistics& statistics_;
+  std::mutex mutex_;
+  std::condition_variable work_;
+  std::condition_variable quiet_;               ///< threads that let a burst pass
+  std::deque<std::unique_ptr<Entry>> entries_;  ///< the loop's; those without a module are free
+  std::vector<Entry*> queue_;                   ///< guarded
+  bool stopping_ = false;                       ///< guarded
+  std::vector<std::thread> threads_;
+};
+
+}  // namespace refit::daemon
