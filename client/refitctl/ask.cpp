@@ -24,6 +24,10 @@ Failed failed_as_operator(const Options& options, Error error, const std::string
   return failure;
 }
 
+double us_since(Deadline::Clock::time_point start) {
+  return std::chrono::duration<double, std::micro>(Deadline::Clock::now() - start).count();
+}
+
 Outcome<Observer> connect(const Options& options, Deadline deadline) {
   // A question now and then is not worth a spinning core.
   Result<Observer> observer =

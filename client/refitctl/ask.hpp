@@ -15,6 +15,9 @@ namespace refit::ctl {
 
 [[nodiscard]] Outcome<Observer> connect(const Options& options, Deadline deadline);
 
+/// How long something took.
+[[nodiscard]] double us_since(Deadline::Clock::time_point start);
+
 /// `error` with the exit code and the advice that fit these options.
 [[nodiscard]] Failed failed(const Options& options, Error error, Stage stage);
 

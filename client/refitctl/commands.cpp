@@ -23,10 +23,6 @@ namespace {
 
 using Clock = Deadline::Clock;
 
-double us_since(Clock::time_point start) {
-  return std::chrono::duration<double, std::micro>(Clock::now() - start).count();
-}
-
 std::string module_names(const DaemonStatus& status) {
   std::string text;
   for (const ModuleStatus& module : status.modules)

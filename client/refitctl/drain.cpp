@@ -17,10 +17,6 @@ namespace {
 
 using Clock = Deadline::Clock;
 
-double us_since(Clock::time_point start) {
-  return std::chrono::duration<double, std::micro>(Clock::now() - start).count();
-}
-
 /// One line that is overwritten, for a person who waits longer than a moment.
 class Progress {
  public:

@@ -189,7 +189,7 @@ void CopyJob::prepare(const CopyOp* ops, std::size_t count, std::uint64_t chunk_
   REFIT_ASSERT(count <= UINT32_MAX && chunk_bytes > 0);
   // A short run costs a walk step and two cache misses besides its bytes.
   constexpr std::uint64_t kRunCostBytes = 256;
-  constexpr std::uint64_t kPageBytes = 4096;
+  constexpr std::uint64_t kTargetPage = 4096;
   ops_ = ops;
   chunks_.clear();
   bytes_ = 0;
@@ -211,12 +211,12 @@ void CopyJob::prepare(const CopyOp* ops, std::size_t count, std::uint64_t chunk_
       const std::uint64_t room = chunk_bytes - std::min(chunk_bytes, open_cost);
       std::uint64_t take = 0;
       std::uint64_t cost = 0;
-      const bool cut_inside_run = op.run_bytes >= kPageBytes * 4;
+      const bool cut_inside_run = op.run_bytes >= kTargetPage * 4;
       if (cut_inside_run) {
         take = room;
         if (op.loop_count == 0) {
           const std::uint64_t end = reinterpret_cast<std::uintptr_t>(op.target) + position + take;
-          take -= std::min(take, end % kPageBytes);
+          take -= std::min(take, end % kTargetPage);
         }
         take = std::min(take, total - position);
         // Rather a somewhat longer chunk than a scrap.

@@ -24,8 +24,6 @@ namespace {
 // manifest needs 1.3e7, which is a millisecond; patterns made to be slow take one or two ns a unit.
 constexpr std::uint64_t kMatchWorkMax = std::uint64_t{1} << 27;
 
-std::string number(std::uint64_t value) { return std::to_string(value); }
-
 std::string subject(const TensorSpec& tensor, std::size_t index) {
   std::string text = "tensor " + quoted(tensor.name);
   if (tensor.name.empty()) text += " (number " + number(index) + ")";

@@ -24,8 +24,6 @@ constexpr std::uint64_t kComparisonsMax = std::uint64_t{1} << 26;
 // Sources listed in one line; a fused and sharded target may have thousands.
 constexpr std::size_t kListedMax = 8;
 
-std::string number(std::uint64_t value) { return std::to_string(value); }
-
 /// A box of a target, in the target's global shape.
 struct Box {
   std::array<std::uint64_t, Manifest::kDimsMax> begin{};

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -13,6 +14,8 @@
 #include "refit/types.hpp"
 
 namespace refit::daemon {
+
+[[nodiscard]] inline std::string number(std::uint64_t value) { return std::to_string(value); }
 
 /// The text in single quotes on one line; control bytes and broken UTF-8 as \xNN, cut after 512
 /// bytes.

@@ -26,6 +26,8 @@
 #include <thread>
 #include <vector>
 
+#include "support/text.hpp"
+
 namespace refit::test {
 
 using nlohmann::json;
@@ -33,10 +35,6 @@ using nlohmann::json;
 inline constexpr int kPatienceMs = 30'000;
 inline constexpr std::size_t kTensorBytes = 64;
 inline Deadline soon() { return Deadline::in(std::chrono::milliseconds(kPatienceMs)); }
-
-inline bool contains(const std::string& text, const std::string& part) {
-  return text.find(part) != std::string::npos;
-}
 
 /// What a finished process left. `status` is the exit status, or 1000 + the signal that ended it.
 struct Finished {

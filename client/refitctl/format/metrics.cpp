@@ -15,6 +15,7 @@
 namespace refit::ctl {
 namespace {
 
+using Json = nlohmann::json;
 using Labels = std::vector<std::pair<std::string, std::string>>;
 
 constexpr double kMicrosecond = 1e-6;
@@ -237,7 +238,6 @@ std::string prometheus_text(const std::vector<MetricFamily>& families) {
 }
 
 std::string metrics_json(const std::vector<MetricFamily>& families) {
-  using Json = nlohmann::json;
   Json list = Json::array();
   for (const MetricFamily& family : families) {
     Json samples = Json::array();

@@ -21,9 +21,12 @@
 #include <vector>
 
 #include "memory/sigbus_guard.hpp"
+#include "unit/memory/cut_mapping.hpp"
 
 namespace refit {
 namespace {
+
+using test::CutMapping;
 
 // Counts completions and keeps the last outcome.
 class Completion {
@@ -319,31 +322,6 @@ TEST(CopyPool, DoneMaySubmitTheSameJobAgain) {
   (void)again.finished.wait_for(1);
   EXPECT_TRUE(target == source);
 }
-
-// A mapped memfd whose second half is cut off.
-class CutMapping {
- public:
-  explicit CutMapping(std::size_t bytes) : bytes_(bytes) {
-    fd_ = memfd_create("pool-test", MFD_CLOEXEC);
-    EXPECT_EQ(ftruncate(fd_, static_cast<off_t>(bytes)), 0);
-    base_ = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd_, 0);
-    EXPECT_NE(base_, MAP_FAILED);
-    std::memset(base_, 3, bytes);
-    EXPECT_EQ(ftruncate(fd_, static_cast<off_t>(bytes / 2)), 0);
-  }
-  ~CutMapping() {
-    munmap(base_, bytes_);
-    close(fd_);
-  }
-  CutMapping(const CutMapping&) = delete;
-  CutMapping& operator=(const CutMapping&) = delete;
-  std::byte* data() const { return static_cast<std::byte*>(base_); }
-
- private:
-  std::size_t bytes_;
-  int fd_ = -1;
-  void* base_ = nullptr;
-};
 
 TEST(CopyPool, FaultIsReportedWithItsOpAndThePoolGoesOn) {
   // Goal: a client that truncates its region, as source or as target, fails its own job only.

@@ -13,38 +13,12 @@
 #include <thread>
 #include <vector>
 
+#include "unit/memory/cut_mapping.hpp"
+
 namespace refit {
 namespace {
 
-std::size_t page_bytes() { return static_cast<std::size_t>(sysconf(_SC_PAGESIZE)); }
-
-// Two mapped pages of an unsealed memfd that is then cut to one: the second page faults.
-class CutMapping {
- public:
-  CutMapping() {
-    fd_ = memfd_create("sigbus-test", MFD_CLOEXEC);
-    EXPECT_EQ(ftruncate(fd_, static_cast<off_t>(2 * page_bytes())), 0);
-    base_ = static_cast<char*>(
-        mmap(nullptr, 2 * page_bytes(), PROT_READ | PROT_WRITE, MAP_SHARED, fd_, 0));
-    EXPECT_NE(static_cast<void*>(base_), MAP_FAILED);
-    std::memset(base_, 1, 2 * page_bytes());
-    EXPECT_EQ(ftruncate(fd_, static_cast<off_t>(page_bytes())), 0);
-  }
-  ~CutMapping() {
-    munmap(base_, 2 * page_bytes());
-    close(fd_);
-  }
-  CutMapping(const CutMapping&) = delete;
-  CutMapping& operator=(const CutMapping&) = delete;
-
-  char* whole_page() const { return base_; }
-  char* lost_page() const { return base_ + page_bytes(); }
-  static std::size_t bytes() { return 2 * page_bytes(); }
-
- private:
-  int fd_ = -1;
-  char* base_ = nullptr;
-};
+using test::CutMapping;
 
 void touch(const char* address) { (void)*static_cast<const volatile char*>(address); }
 
@@ -53,7 +27,7 @@ TEST(SigbusGuard, BodyWithoutFaultRunsToItsEnd) {
   const CutMapping memory;
   char seen = 0;
   EXPECT_TRUE(
-      run_guarded(memory.whole_page(), CutMapping::bytes(), [&] { seen = *memory.whole_page(); }));
+      run_guarded(memory.whole_page(), memory.bytes(), [&] { seen = *memory.whole_page(); }));
   EXPECT_EQ(seen, 1);
 }
 
@@ -61,7 +35,7 @@ TEST(SigbusGuard, ReadFaultIsAnErrorAndEarlierWritesStay) {
   ASSERT_TRUE(install_sigbus_handler());
   const CutMapping memory;
   volatile int step = 0;
-  EXPECT_FALSE(run_guarded(memory.whole_page(), CutMapping::bytes(), [&] {
+  EXPECT_FALSE(run_guarded(memory.whole_page(), memory.bytes(), [&] {
     step = 1;
     touch(memory.lost_page());
     step = 2;
@@ -74,7 +48,7 @@ TEST(SigbusGuard, WriteFaultIsAnErrorEachTime) {
   ASSERT_TRUE(install_sigbus_handler());
   const CutMapping memory;
   for (int i = 0; i < 100; ++i) {
-    EXPECT_FALSE(run_guarded(memory.whole_page(), CutMapping::bytes(),
+    EXPECT_FALSE(run_guarded(memory.whole_page(), memory.bytes(),
                              [&] { *static_cast<volatile char*>(memory.lost_page()) = 1; }));
   }
 }
@@ -82,8 +56,8 @@ TEST(SigbusGuard, WriteFaultIsAnErrorEachTime) {
 TEST(SigbusGuard, FaultInsideMemcpyIsAnError) {
   ASSERT_TRUE(install_sigbus_handler());
   const CutMapping memory;
-  std::vector<char> target(CutMapping::bytes());
-  EXPECT_FALSE(run_guarded(memory.whole_page(), CutMapping::bytes(), [&] {
+  std::vector<char> target(memory.bytes());
+  EXPECT_FALSE(run_guarded(memory.whole_page(), memory.bytes(), [&] {
     std::memcpy(target.data(), memory.whole_page(), target.size());
   }));
 }
@@ -92,9 +66,8 @@ TEST(SigbusGuard, EachOfSeveralRangesIsCovered) {
   ASSERT_TRUE(install_sigbus_handler());
   const CutMapping first;
   const CutMapping second;
-  const GuardedRange ranges[] = {{nullptr, 0},
-                                 {first.whole_page(), CutMapping::bytes()},
-                                 {second.whole_page(), CutMapping::bytes()}};
+  const GuardedRange ranges[] = {
+      {nullptr, 0}, {first.whole_page(), first.bytes()}, {second.whole_page(), second.bytes()}};
   EXPECT_FALSE(run_guarded(ranges, 3, [&] { touch(first.lost_page()); }));
   EXPECT_FALSE(run_guarded(ranges, 3, [&] { touch(second.lost_page()); }));
 }
@@ -105,17 +78,16 @@ TEST(SigbusGuard, FaultGoesToTheNearestGuardThatCoversIt) {
   const CutMapping inner;
   bool inner_whole = true;
   bool after_inner = false;
-  EXPECT_TRUE(run_guarded(outer.whole_page(), CutMapping::bytes(), [&] {
-    inner_whole =
-        run_guarded(inner.whole_page(), CutMapping::bytes(), [&] { touch(inner.lost_page()); });
+  EXPECT_TRUE(run_guarded(outer.whole_page(), outer.bytes(), [&] {
+    inner_whole = run_guarded(inner.whole_page(), inner.bytes(), [&] { touch(inner.lost_page()); });
     after_inner = true;
   }));
   EXPECT_FALSE(inner_whole);
   EXPECT_TRUE(after_inner);
 
   volatile bool went_on = false;
-  EXPECT_FALSE(run_guarded(outer.whole_page(), CutMapping::bytes(), [&] {
-    (void)run_guarded(inner.whole_page(), CutMapping::bytes(), [&] { touch(outer.lost_page()); });
+  EXPECT_FALSE(run_guarded(outer.whole_page(), outer.bytes(), [&] {
+    (void)run_guarded(inner.whole_page(), inner.bytes(), [&] { touch(outer.lost_page()); });
     went_on = true;
   }));
   EXPECT_FALSE(went_on);
@@ -129,8 +101,7 @@ TEST(SigbusGuard, ThreadsFaultAtTheSameTimeWithoutMeeting) {
   for (int& mine : faults) {
     threads.emplace_back([&memory, &mine] {
       for (int i = 0; i < 200; ++i) {
-        if (!run_guarded(memory.whole_page(), CutMapping::bytes(),
-                         [&] { touch(memory.lost_page()); })) {
+        if (!run_guarded(memory.whole_page(), memory.bytes(), [&] { touch(memory.lost_page()); })) {
           ++mine;
         }
       }
@@ -163,8 +134,7 @@ TEST(SigbusGuardDeath, FaultAfterTheGuardKills) {
       {
         install_over_default();
         const CutMapping memory;
-        if (!run_guarded(memory.whole_page(), CutMapping::bytes(),
-                         [&] { touch(memory.lost_page()); })) {
+        if (!run_guarded(memory.whole_page(), memory.bytes(), [&] { touch(memory.lost_page()); })) {
           touch(memory.lost_page());
         }
       },
@@ -177,7 +147,8 @@ TEST(SigbusGuardDeath, FaultAtAnUncoveredAddressKills) {
       {
         install_over_default();
         const CutMapping memory;
-        (void)run_guarded(memory.whole_page(), page_bytes(), [&] { touch(memory.lost_page()); });
+        (void)run_guarded(memory.whole_page(), CutMapping::page_bytes(),
+                          [&] { touch(memory.lost_page()); });
       },
       testing::KilledBySignal(SIGBUS), "");
 }
@@ -188,7 +159,7 @@ TEST(SigbusGuardDeath, SentSignalKillsEvenInsideAGuard) {
       {
         install_over_default();
         const CutMapping memory;
-        (void)run_guarded(memory.whole_page(), CutMapping::bytes(), [] { raise(SIGBUS); });
+        (void)run_guarded(memory.whole_page(), memory.bytes(), [] { raise(SIGBUS); });
       },
       testing::KilledBySignal(SIGBUS), "");
 }

@@ -6,14 +6,14 @@
 #include <cerrno>
 #include <nlohmann/json.hpp>
 
+#include "support/text.hpp"
+
 namespace refit::ctl {
 namespace {
 
-Error os_error(int native) { return {Errc::os, native, "connect to /run/x.sock failed", {}}; }
+using test::contains;
 
-bool contains(const std::string& text, const std::string& part) {
-  return text.find(part) != std::string::npos;
-}
+Error os_error(int native) { return {Errc::os, native, "connect to /run/x.sock failed", {}}; }
 
 TEST(Failure, ExitCodesAreThoseOfTheHelp) {
   EXPECT_EQ(static_cast<int>(exit_code_for(os_error(ENOENT), Stage::connect)), 1);

@@ -5,8 +5,12 @@
 
 #include <cstdlib>
 
+#include "support/text.hpp"
+
 namespace refit::ctl {
 namespace {
+
+using test::contains;
 
 class OptionsTest : public testing::Test {
  protected:
@@ -45,10 +49,6 @@ class OptionsTest : public testing::Test {
     return parsed.error();
   }
 };
-
-bool contains(const std::string& text, const std::string& part) {
-  return text.find(part) != std::string::npos;
-}
 
 TEST_F(OptionsTest, StatusTakesTheEnvironmentsSocket) {
   const Options sut = options({"status"});

@@ -7,15 +7,14 @@
 #include <nlohmann/json.hpp>
 
 #include "refitctl/format/json.hpp"
+#include "support/text.hpp"
 
 namespace refit::ctl {
 namespace {
 
-using nlohmann::json;
+using test::contains;
 
-bool contains(const std::string& text, const std::string& part) {
-  return text.find(part) != std::string::npos;
-}
+using nlohmann::json;
 
 Digest sha(char digit) { return *Digest::from_hex(std::string(64, digit)); }
 
