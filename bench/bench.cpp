@@ -68,6 +68,7 @@ ordered_json empty_figures(const Model& model, const Options& options) {
                           "read_GBps",
                           "ring_rtt_ns",
                           "reconnect_ms",
+                          "proof",
                           "daemon_private_MiB",
                           "daemon_memfd_MiB",
                           "allocations_per_refit",

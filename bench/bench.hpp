@@ -18,8 +18,8 @@
 namespace refit::bench {
 
 /// The parts of a run, as --only names them.
-inline constexpr const char* kParts[] = {"overhead", "ring",  "register", "attach",
-                                         "refit",    "check", "counts",   "reconnect"};
+inline constexpr const char* kParts[] = {"overhead", "ring",   "register",  "attach", "refit",
+                                         "check",    "counts", "reconnect", "proof"};
 
 struct Options {
   std::string manifest;

@@ -12,6 +12,9 @@
 namespace refit::bench {
 namespace {
 
+/// A refit's own calls: those of its proof in the background come when they like.
+const std::vector<std::string> kWithoutProof{"--proof-threads", "0"};
+
 using nlohmann::ordered_json;
 
 /// As alloc_counter.cpp reads it.
@@ -102,12 +105,12 @@ Result<void> count_driver_calls(Bench& bench, Pair& pair, const std::string& siz
     return {};
   }
   REFIT_TRY_ASSIGN(const CounterFile file, CounterFile::make(bench.directory, sizeof(DriverCalls)));
-  REFIT_TRY_ASSIGN(
-      Daemon daemon,
-      Daemon::start({bench.options.refitd,
-                     "adaptive",
-                     {{"LD_PRELOAD", *library}, {DriverCalls::kVariable, file.path()}}},
-                    bench.directory));
+  REFIT_TRY_ASSIGN(Daemon daemon,
+                   Daemon::start({bench.options.refitd,
+                                  "adaptive",
+                                  {{"LD_PRELOAD", *library}, {DriverCalls::kVariable, file.path()}},
+                                  kWithoutProof},
+                                 bench.directory));
   REFIT_TRY(pair.attach(daemon.socket(), "adaptive"));
   REFIT_TRY(pair.refits(bench.times(10, 3)));
   const CallCounts before = driver_calls_in(file);
@@ -146,6 +149,7 @@ Result<void> count_own(Bench& bench, Pair& pair, const std::string& size, int re
   REFIT_TRY_ASSIGN(const CounterFile allocations,
                    CounterFile::make(bench.directory, sizeof(std::uint64_t)));
   DaemonOptions options{bench.options.refitd};
+  options.arguments = kWithoutProof;
   if (library)
     options.environment = {{"LD_PRELOAD", *library}, {kAllocationsVariable, allocations.path()}};
   REFIT_TRY_ASSIGN(Daemon daemon, Daemon::start(options, bench.directory));

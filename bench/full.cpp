@@ -188,6 +188,42 @@ Result<void> measure_memory(Bench& bench, const Daemon& daemon) {
   return {};
 }
 
+/// Refits by a daemon that proves each of them in the background, and by one that does not, in
+/// batches that take turns, so that what drifts on the machine is the same for both.
+Result<void> measure_proof(Bench& bench, Pair& pair) {
+  struct Side {
+    const char* key;
+    Daemon daemon;
+    RefitsAndCopies all;
+  };
+  std::vector<Side> sides;
+  for (const auto& [key, threads] : {std::pair{"on", "1"}, std::pair{"off", "0"}}) {
+    REFIT_TRY_ASSIGN(
+        Daemon daemon,
+        Daemon::start({bench.options.refitd, "adaptive", {}, {"--proof-threads", threads}},
+                      bench.directory));
+    sides.push_back({key, std::move(daemon), {}});
+  }
+  const int batches = bench.times(6, 1);
+  for (int batch = 0; batch < batches; ++batch) {
+    bench.progress("refits with and without proof, batch " + std::to_string(batch + 1) + " of " +
+                   std::to_string(batches));
+    for (Side& side : sides) {
+      REFIT_TRY(pair.attach(side.daemon.socket(), "adaptive"));
+      REFIT_TRY(pair.trainer.call({{"command", "pairs"}, {"count", 1}}));
+      REFIT_TRY_ASSIGN(const Message message,
+                       pair.trainer.call({{"command", "pairs"}, {"count", bench.times(5, 1)}}));
+      side.all.add(message);
+      REFIT_TRY(pair.detach());
+    }
+  }
+  const double on = median(sides[0].all.refit_s);
+  const double off = median(sides[1].all.refit_s);
+  bench.figures["proof"] = {{"refit_s_on", on}, {"refit_s_off", off}, {"growth", on / off - 1}};
+  for (Side& side : sides) REFIT_TRY(side.daemon.stop());
+  return {};
+}
+
 /// False, with what was skipped for it, if source and target do not fit into memory.
 bool fits(Bench& bench) {
   const std::uint64_t needed = needed_bytes(bench);
@@ -209,7 +245,8 @@ bool fits(Bench& bench) {
        {"allocations_per_refit.full", "page_faults_per_refit.full", "syscalls_per_refit.full",
         "yields_per_refit.full", "opens_per_refit.full", "driver_calls_per_refit.full",
         "driver_copies_per_refit.full", "driver_opens_per_refit.full"}},
-      {"reconnect", {"reconnect_ms.full"}}};
+      {"reconnect", {"reconnect_ms.full"}},
+      {"proof", {"proof.growth"}}};
   bench.progress("skipped the model at this size: " + reason);
   for (const auto& [part, keys] : keys_of_parts) {
     if (!bench.wants(part)) continue;
@@ -226,7 +263,8 @@ Result<void> measure_full(Bench& bench) {
   const bool check = bench.wants("check");
   const bool counts = bench.wants("counts");
   const bool reconnect = bench.wants("reconnect");
-  if (!attach && !refit && !check && !counts && !reconnect) return {};
+  const bool proof = bench.wants("proof");
+  if (!attach && !refit && !check && !counts && !reconnect && !proof) return {};
   if (!fits(bench)) return {};
 
   bench.progress("trainer and engine allocate and fill " + in_gib(bench.model.bytes) + " each");
@@ -255,6 +293,7 @@ Result<void> measure_full(Bench& bench) {
     REFIT_TRY(count_per_refit(bench, pair, "full", bench.times(100, 5), bench.times(20, 5)));
   }
   if (reconnect) REFIT_TRY(measure_reconnect(bench, pair, "full"));
+  if (proof) REFIT_TRY(measure_proof(bench, pair));
   return pair.end();
 }
 

@@ -245,6 +245,7 @@ Result<Daemon> Daemon::start(const DaemonOptions& options, const TemporaryDirect
   const std::string socket = base + ".sock";
   SpawnOptions spawn;
   spawn.arguments = {options.program, "--socket", socket, "--waiting", options.waiting};
+  spawn.arguments.insert(spawn.arguments.end(), options.arguments.begin(), options.arguments.end());
   spawn.output_path = base + ".log";
   spawn.environment = options.environment;
   REFIT_TRY_ASSIGN(Child child, Child::spawn(spawn));

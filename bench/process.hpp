@@ -100,6 +100,7 @@ struct DaemonOptions {
   std::string program;
   std::string waiting = "adaptive";
   std::vector<std::pair<std::string, std::string>> environment = {};  ///< beside the bench's own
+  std::vector<std::string> arguments = {};                            ///< beside the bench's own
 };
 
 /// A daemon of the bench's own on a socket in `directory`.
