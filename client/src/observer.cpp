@@ -192,7 +192,7 @@ Result<DaemonMetrics> Observer::metrics(Deadline deadline) {
   metrics.tensors_mismatched = body->tensors_mismatched();
   metrics.tensors_missing = body->tensors_missing();
   metrics.proofs = {body->proofs_equal(), body->proofs_different(), body->proofs_overtaken(),
-                    body->proofs_unreadable()};
+                    body->proofs_unreadable(), body->proofs_refuted()};
   if (body->quotas() != nullptr) {
     for (const auto* entry : *body->quotas()) {
       metrics.quotas.push_back(

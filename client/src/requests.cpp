@@ -193,18 +193,23 @@ Result<void> unregister_module(Session& session, const std::string& module, Dead
   return {};
 }
 
-Result<CheckReport> check(Session& session, const CheckRequest& request, Deadline deadline) {
-  auto& fbb = session.builder();
-  std::vector<flatbuffers::Offset<wire::ExpectedDigest>> expected;
-  expected.reserve(request.expected.size());
-  for (const auto& [name, value] : request.expected) {
+flatbuffers::Offset<flatbuffers::Vector<flatbuffers::Offset<wire::ExpectedDigest>>>
+expected_to_wire(flatbuffers::FlatBufferBuilder& fbb, const std::vector<NamedDigest>& expected) {
+  std::vector<flatbuffers::Offset<wire::ExpectedDigest>> list;
+  list.reserve(expected.size());
+  for (const auto& [name, value] : expected) {
     const auto text = fbb.CreateString(name);
     const auto bytes = fbb.CreateVector(value.bytes.data(), value.length);
-    expected.push_back(wire::CreateExpectedDigest(fbb, text, bytes));
+    list.push_back(wire::CreateExpectedDigest(fbb, text, bytes));
   }
+  return fbb.CreateVector(list);
+}
+
+Result<CheckReport> check(Session& session, const CheckRequest& request, Deadline deadline) {
+  auto& fbb = session.builder();
   const auto engine = fbb.CreateString(request.engine);
   const auto module = fbb.CreateString(request.module);
-  const auto list = fbb.CreateVector(expected);
+  const auto list = expected_to_wire(fbb, request.expected);
   fbb.Finish(wire::CreateCheck(fbb, engine, module, static_cast<std::uint8_t>(request.kind), list,
                                daemon_budget_us(deadline),
                                static_cast<std::uint8_t>(request.place)));

@@ -23,6 +23,9 @@ Result<void> unregister_module(Session& session, const std::string& module, Dead
 Result<CheckReport> check(Session& session, const CheckRequest& request, Deadline deadline);
 Result<DigestReport> digest(Session& session, const DigestRequest& request, Deadline deadline);
 
+[[nodiscard]] flatbuffers::Offset<flatbuffers::Vector<flatbuffers::Offset<wire::ExpectedDigest>>>
+expected_to_wire(flatbuffers::FlatBufferBuilder& fbb, const std::vector<NamedDigest>& expected);
+
 /// What the daemon may use of the time that is left: a little less, so that its named error arrives
 /// before the caller's own deadline does.
 std::uint64_t daemon_budget_us(Deadline deadline);

@@ -304,7 +304,10 @@ class Trainer::Impl {
     const auto source = fbb.CreateString(target.source.empty() ? target.module : target.source);
     flatbuffers::Offset<flatbuffers::Vector<flatbuffers::Offset<flatbuffers::String>>> selection;
     if (!target.selection.empty()) selection = fbb.CreateVectorOfStrings(target.selection);
-    return wire::CreateTarget(fbb, engine, module, source, selection, target.allow_unmatched);
+    flatbuffers::Offset<flatbuffers::Vector<flatbuffers::Offset<wire::ExpectedDigest>>> expected;
+    if (!target.expected.empty()) expected = expected_to_wire(fbb, target.expected);
+    return wire::CreateTarget(fbb, engine, module, source, selection, target.allow_unmatched,
+                              expected, static_cast<std::uint8_t>(target.expected_kind));
   }
 
   /// Random where it must be unique across processes, counted where it must be cheap.

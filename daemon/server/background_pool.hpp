@@ -27,6 +27,7 @@ class BackgroundJob : public Completion {
   virtual void run_part(std::size_t part) = 0;
   /// The loop thread, once, after the last part. The job is destroyed right after.
   virtual void finished() = 0;
+  [[nodiscard]] std::size_t part_count() const noexcept { return part_count_; }
 
  private:
   friend class BackgroundPool;

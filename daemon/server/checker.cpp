@@ -107,59 +107,22 @@ void Checker::begin_check(Session& asker, std::uint64_t request_id, const wire::
                           message.kind(), message.place(), message.deadline_us(), now);
   if (!prepared) return replies_.send_error(asker, request_id, prepared.error());
   CheckOperation& operation = **prepared;
-  if (operation.hashing.kind == DigestKind::xxh3) {
-    return replies_.send_error(
-        asker, request_id,
-        {Errc::bad_argument, 0, "a check needs SHA-256 (sglang or raw); XXH3 proves nothing", {}});
-  }
-  if (message.expected() == nullptr || message.expected()->size() == 0) {
+  auto expected = decode_expected(message.expected(), message.kind(), "a check");
+  if (!expected) return replies_.send_error(asker, request_id, expected.error());
+  if (expected->empty()) {
     return replies_.send_error(
         asker, request_id,
         {Errc::bad_argument, 0, "a check needs at least one expected digest", {}});
   }
   operation.is_check = true;
-  const ManifestLimits limits;
-  if (message.expected()->size() > limits.tensors_max) {
-    return replies_.send_error(
-        asker, request_id,
-        {Errc::quota,
-         0,
-         std::to_string(message.expected()->size()) + " expected digests; the limit is " +
-             std::to_string(limits.tensors_max),
-         {}});
-  }
-  std::vector<std::string_view> seen;
-  for (const auto* entry : *message.expected()) {
-    const std::string_view name = view(entry->name());
-    if (name.size() > limits.name_bytes_max || entry->value() == nullptr ||
-        entry->value()->size() != 32) {
-      return replies_.send_error(
-          asker, request_id,
-          {Errc::bad_argument,
-           0,
-           "the expected digest of " + std::string(name.substr(0, limits.name_bytes_max)) +
-               " has not 32 bytes, or its name is too long",
-           {}});
-    }
-    seen.push_back(name);
-  }
-  std::sort(seen.begin(), seen.end());
-  if (const auto twice = std::adjacent_find(seen.begin(), seen.end()); twice != seen.end()) {
-    return replies_.send_error(
-        asker, request_id,
-        {Errc::bad_argument, 0, "tensor " + std::string(*twice) + " is expected twice", {}});
-  }
-  for (const auto* entry : *message.expected()) {
-    const TensorSpec* spec = operation.hashing.registration->manifest->find(view(entry->name()));
+  for (auto& [name, digest] : *expected) {
+    const TensorSpec* spec = operation.hashing.registration->manifest->find(name);
     if (spec == nullptr) {
-      operation.missing.emplace_back(view(entry->name()));
+      operation.missing.push_back(std::move(name));
       continue;
     }
-    Digest expected;
-    expected.length = 32;
-    std::copy(entry->value()->begin(), entry->value()->end(), expected.bytes.begin());
     operation.hashing.tensors.push_back(spec);
-    operation.expected.push_back(expected);
+    operation.expected.push_back(digest);
   }
   std::sort(operation.missing.begin(), operation.missing.end());
   admit(std::move(*prepared));

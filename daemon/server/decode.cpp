@@ -146,6 +146,41 @@ Result<std::vector<std::string>> decode_tensor_names(const Names* names, const c
   return copied;
 }
 
+Result<std::vector<std::pair<std::string, Digest>>> decode_expected(
+    const flatbuffers::Vector<flatbuffers::Offset<wire::ExpectedDigest>>* list, std::uint8_t kind,
+    const char* what) {
+  const ManifestLimits limits;
+  std::vector<std::pair<std::string, Digest>> expected;
+  if (kind >= static_cast<std::uint8_t>(DigestKind::xxh3)) {
+    return fail(Errc::bad_argument,
+                std::string(what) + " needs SHA-256 (sglang or raw); XXH3 proves nothing");
+  }
+  if (list == nullptr) return expected;
+  if (list->size() > limits.tensors_max) {
+    return fail(Errc::quota, std::to_string(list->size()) + " expected digests; the limit is " +
+                                 std::to_string(limits.tensors_max));
+  }
+  std::vector<std::string_view> seen;
+  for (const auto* entry : *list) {
+    const std::string_view name = view(entry->name());
+    Digest digest;
+    if (name.size() > limits.name_bytes_max || entry->value() == nullptr ||
+        entry->value()->size() != digest.bytes.size()) {
+      return fail(Errc::bad_argument, "the expected digest of " +
+                                          std::string(name.substr(0, limits.name_bytes_max)) +
+                                          " has not 32 bytes, or its name is too long");
+    }
+    digest.length = static_cast<std::uint8_t>(digest.bytes.size());
+    std::copy(entry->value()->begin(), entry->value()->end(), digest.bytes.begin());
+    expected.emplace_back(name, digest);
+    seen.push_back(name);
+  }
+  std::sort(seen.begin(), seen.end());
+  if (const auto twice = std::adjacent_find(seen.begin(), seen.end()); twice != seen.end())
+    return fail(Errc::bad_argument, "tensor " + std::string(*twice) + " is expected twice");
+  return expected;
+}
+
 Result<std::string> decode_name(const flatbuffers::String* text, const char* what) {
   const std::string_view name = view(text);
   if (name.empty()) return fail(Errc::bad_argument, std::string("the ") + what + " has no name");

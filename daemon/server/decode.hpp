@@ -6,6 +6,7 @@
 
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "ipc/wire.hpp"
@@ -27,6 +28,13 @@ using Names = flatbuffers::Vector<flatbuffers::Offset<flatbuffers::String>>;
 /// A list of tensor names, bounded before a byte of it is copied: many offsets of a small message
 /// may name one long string. Errors: Errc::quota, Errc::bad_argument for a name that stands twice.
 Result<std::vector<std::string>> decode_tensor_names(const Names* names, const char* what);
+
+/// The SHA-256 that tensors shall have; Errc::bad_argument for XXH3, for a value that is no SHA-256
+/// and for a name that stands twice, Errc::quota for too many or too long names. `what` begins the
+/// messages.
+Result<std::vector<std::pair<std::string, Digest>>> decode_expected(
+    const flatbuffers::Vector<flatbuffers::Offset<wire::ExpectedDigest>>* list, std::uint8_t kind,
+    const char* what);
 
 struct RegionClaim {
   std::uint64_t ticket = 0;  ///< of host memory

@@ -8,6 +8,8 @@
 #include <utility>
 
 #include "ipc/state_word.hpp"
+#include "log.hpp"
+#include "server/hashing.hpp"
 
 namespace refit::daemon {
 namespace {
@@ -81,14 +83,15 @@ Prover::Entry& Prover::entry_of(const std::shared_ptr<Module>& module) {
 }
 
 void Prover::committed(const Session& engine, const std::shared_ptr<Module>& module,
-                       const std::shared_ptr<BoundPlan>& plan) {
+                       const std::shared_ptr<BoundPlan>& plan,
+                       const std::shared_ptr<const Expected>& expected) {
   if (threads_.empty()) return;
   const ModuleReading reading = read_module(engine.memory->response_region().modules[module->slot]);
   Commit previous;  // let go of behind the lock
   const std::lock_guard lock(mutex_);
   Entry& entry = entry_of(module);
-  previous = std::exchange(entry.wanted, {plan, engine.memory, module->slot, reading.word.pack(),
-                                          reading.version, Clock::now()});
+  previous = std::exchange(entry.wanted, {plan, expected, engine.memory, module->slot,
+                                          reading.word.pack(), reading.version, Clock::now()});
   // A thread that is at it finds the new one when it is through.
   if (!entry.queued && !entry.busy) enqueue(entry);
 }
@@ -123,11 +126,11 @@ void Prover::serve() {
     entry.busy = true;
     entry.given_up.store(false);
     lock.unlock();
-    const Finding finding = prove(entry, comparer);
+    Finding finding = prove(entry, comparer);
     lock.lock();
     Commit done = std::exchange(entry.proving, {});
     entry.busy = false;
-    entry.finding = finding;
+    entry.finding = std::move(finding);
     if (!std::exchange(entry.reported, true)) completions_.push(entry);
     if (entry.wanted.plan != nullptr && !stopping_) enqueue(entry);
     // It may hold the last of a client's memory.
@@ -140,9 +143,72 @@ void Prover::serve() {
 Prover::Finding Prover::prove(const Entry& entry, EndComparer& comparer) {
   const Commit& commit = entry.proving;
   const auto stands = [&] { return !entry.given_up.load() && commit.stands(); };
-  const EndComparer::Answer answer = comparer.compare(*commit.plan, stands);
-  return {stands() ? result_of(answer) : ProofResult::overtaken, commit.version,
-          commit.plan->target->generation, commit.plan->plan.whole};
+  Finding finding{ProofResult::equal,
+                  commit.version,
+                  commit.plan->target->generation,
+                  commit.plan->plan.whole,
+                  commit.engine,
+                  commit.slot,
+                  commit.word,
+                  {}};
+  if (commit.expected != nullptr) finding.result = hash(commit, stands, finding.wrong);
+  const bool decided = commit.expected != nullptr && commit.expected->complete;
+  if (finding.result == ProofResult::equal && !decided)
+    finding.result = result_of(comparer.compare(*commit.plan, stands));
+  if (!stands()) finding.result = ProofResult::overtaken;
+  return finding;
+}
+
+/// Hashes what the trainer gave digests of. The answer is worth something only if the commit still
+/// stands behind it.
+ProofResult Prover::hash(const Commit& commit, const std::function<bool()>& stands,
+                         std::vector<std::string>& wrong) {
+  const Expected& expected = *commit.expected;
+  Hashing hashing;
+  hashing.registration = commit.plan->target;
+  hashing.session = commit.engine;
+  hashing.kind = expected.kind;
+  hashing.tensors = expected.tensors;
+  hashing.host_count = expected.tensors.size();
+  hashing.digests.resize(expected.tensors.size());
+  bool read = true;
+  const auto job = HashJob::make(hashing, devices_, /*threads=*/1,
+                                 [&read](const std::optional<Error>& error) { read = !error; });
+  for (std::size_t part = 0; part < job->part_count(); ++part) {
+    if (!stands()) return ProofResult::overtaken;
+    job->run_part(part);
+  }
+  job->finished();
+  if (!read) return ProofResult::unreadable;
+  for (std::size_t i = 0; i < expected.tensors.size(); ++i) {
+    if (!(hashing.digests[i] == expected.digests[i])) wrong.push_back(expected.tensors[i]->name);
+  }
+  std::sort(wrong.begin(), wrong.end());
+  return wrong.empty() ? ProofResult::equal : ProofResult::refuted;
+}
+
+/// The engine's next look at the word stops it.
+void Prover::poison(const Finding& finding, const Module& module) {
+  SharedWord<std::uint64_t>& state = finding.engine->response_region().modules[finding.slot].word;
+  if (state.load() != finding.word) return;  // a refit writes it anew
+  ModuleWord word = ModuleWord::unpack(finding.word);
+  word.state = ModuleState::poisoned;
+  state.store(word.pack());
+  constexpr std::size_t kNamed = 8;
+  std::string names;
+  for (std::size_t i = 0; i < std::min(kNamed, finding.wrong.size()); ++i)
+    names += (names.empty() ? "" : ", ") + finding.wrong[i];
+  if (finding.wrong.size() > kNamed)
+    names += " and " + std::to_string(finding.wrong.size() - kNamed) + " more";
+  LogFields fields;
+  fields.module = module.name;
+  fields.errc = Errc::poisoned;
+  log(LogEvent::proof_refuted,
+      module.registration->manifest->label() + ", version " + std::to_string(finding.version) +
+          ": the live bytes of " + names +
+          " have not the SHA-256 that came with the refit; the module is poisoned until all of it "
+          "is refitted",
+      fields);
 }
 
 /// A refit of some tensors proves a version only on top of the one before.
@@ -150,12 +216,13 @@ void Prover::found(Entry& entry) {
   Finding finding;
   {
     const std::lock_guard lock(mutex_);
-    finding = entry.finding;
+    finding = std::exchange(entry.finding, {});
     entry.reported = false;
   }
   statistics_.proved(finding.result);
   const auto module = entry.module.lock();
   if (module == nullptr || module->registration->generation != finding.generation) return;
+  if (finding.result == ProofResult::refuted) poison(finding, *module);
   if (finding.result != ProofResult::equal) return;
   std::optional<Proof>& proof = module->registration->proof;
   const std::uint64_t before = proof ? proof->version : 0;

@@ -3,8 +3,9 @@
 // Threads of the idle scheduling class compare XXH3-128 of source and target, block by block; no
 // refit waits for them. The trainer may change its tensors as soon as it has its answer, and
 // another refit may begin: equal blocks under an unchanged state word prove the version, different
-// ones prove nothing, because nobody knows whether the source moved on. What a check proves is the
-// Checker's. Places of layers on a device are not read: they move with every gate.
+// ones prove nothing, because nobody knows whether the source moved on. Digests that came with the
+// refit decide: bytes that have others poison the module. What a check proves is the Checker's.
+// Places of layers on a device are not read: they move with every gate.
 //
 // committed, forget and stop: the loop thread, which also gets what was found.
 #pragma once
@@ -12,14 +13,17 @@
 #include <atomic>
 #include <condition_variable>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <thread>
 #include <vector>
 
 #include "server/completion.hpp"
 #include "server/device_access.hpp"
 #include "server/end_comparer.hpp"
+#include "server/expected.hpp"
 #include "server/plan_cache.hpp"
 #include "server/statistics.hpp"
 
@@ -35,7 +39,8 @@ class Prover {
   /// `module` of `engine` holds what `plan` wrote. A proof of an earlier version is given up.
   /// Allocates for a module that it has not seen before.
   void committed(const Session& engine, const std::shared_ptr<Module>& module,
-                 const std::shared_ptr<BoundPlan>& plan);
+                 const std::shared_ptr<BoundPlan>& plan,
+                 const std::shared_ptr<const Expected>& expected);
   /// Lets go of the memory of a registration within a block, whichever end of a plan it is.
   void forget(const Registration& registration);
   /// Ends the threads and lets go of all memory.
@@ -45,6 +50,7 @@ class Prover {
   /// One commit: the plan, and the word that stands as long as its bytes do.
   struct Commit {
     std::shared_ptr<BoundPlan> plan;
+    std::shared_ptr<const Expected> expected;  ///< null if the trainer gave none
     std::shared_ptr<SessionMemory> engine;
     std::uint32_t slot = 0;
     std::uint64_t word = 0;
@@ -66,6 +72,12 @@ class Prover {
     std::uint64_t version = 0;
     std::uint64_t generation = 0;  ///< of the registration that was written
     bool whole = false;            ///< every tensor was
+
+    // Of bytes that the digests refute.
+    std::shared_ptr<SessionMemory> engine;
+    std::uint32_t slot = 0;
+    std::uint64_t word = 0;
+    std::vector<std::string> wrong;  ///< tensors, sorted
   };
 
   /// The latest commit of one module, on its way to a thread and back to the loop.
@@ -87,7 +99,10 @@ class Prover {
   [[nodiscard]] Entry& entry_of(const std::shared_ptr<Module>& module);
   void enqueue(Entry& entry);
   void serve();
-  [[nodiscard]] static Finding prove(const Entry& entry, EndComparer& comparer);
+  [[nodiscard]] Finding prove(const Entry& entry, EndComparer& comparer);
+  [[nodiscard]] ProofResult hash(const Commit& commit, const std::function<bool()>& stands,
+                                 std::vector<std::string>& wrong);
+  static void poison(const Finding& finding, const Module& module);
   void found(Entry& entry);
 
   CompletionQueue& completions_;

@@ -255,6 +255,7 @@ Result<void> Refits::resolve_target(Refit& refit, Session& trainer, const wire::
   REFIT_TRY_ASSIGN(auto source, registry_.module_of(trainer, view(wanted.source())));
   REFIT_TRY_ASSIGN(auto plan, plans_.get(source->registration, module->registration,
                                          wanted.selection(), wanted.allow_unmatched()));
+  REFIT_TRY_ASSIGN(auto expected, Expected::of(*plan, wanted));
   for (const Target& other : refit.targets) {
     if (other.module == module)
       return fail(Errc::bad_argument, engine->name + "/" + module->name + " is named twice");
@@ -271,7 +272,7 @@ Result<void> Refits::resolve_target(Refit& refit, Session& trainer, const wire::
     for (Target& other : refit.targets) other.engine += other.engine >= index ? 1 : 0;
     refit.engines.insert(place, engine);
   }
-  refit.targets.push_back({index, std::move(module), std::move(plan)});
+  refit.targets.push_back({index, std::move(module), std::move(plan), std::move(expected)});
   return {};
 }
 
@@ -416,9 +417,8 @@ void Refits::on_readiness(Refit& refit) {
       // already.
       if (refit.gated >= refit.deadline || abandoned(refit)) return fail_late(refit);
       if (const auto done = work_is_done(refit); !done) {
-        const Error error = done.error();
-        fail_refit(refit, error);
-        return devices_.judge(error);
+        fail_refit(refit, done.error());
+        return devices_.judge(done.error());
       } else if (!*done) {
         refit.look_again = refit.gated + refit.pause;
         refit.pause = std::min(2 * refit.pause, kLongestPause);
@@ -677,7 +677,7 @@ void Refits::reply(Refit& refit) {
   }
   if (on_commit) {
     for (const Target& target : refit.targets)
-      on_commit(*refit.engines[target.engine], target.module, target.plan);
+      on_commit(*refit.engines[target.engine], target.module, target.plan, target.expected);
   }
   release_engines(refit);
 }

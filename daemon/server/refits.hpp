@@ -11,6 +11,7 @@
 
 #include "memory/copy_pool.hpp"
 #include "server/completion.hpp"
+#include "server/expected.hpp"
 #include "server/plan_cache.hpp"
 #include "server/registry.hpp"
 #include "server/replies.hpp"
@@ -48,7 +49,7 @@ class Refits {
 
   /// A module holds what the plan wrote, and its trainer knows. Allocates nothing.
   std::function<void(const Session& engine, const std::shared_ptr<Module>&,
-                     const std::shared_ptr<BoundPlan>&)>
+                     const std::shared_ptr<BoundPlan>&, const std::shared_ptr<const Expected>&)>
       on_commit;
 
   [[nodiscard]] bool idle() const noexcept { return active_.empty(); }
@@ -62,6 +63,7 @@ class Refits {
     std::size_t engine = 0;  ///< index into Operation::engines
     std::shared_ptr<Module> module;
     std::shared_ptr<BoundPlan> plan;
+    std::shared_ptr<const Expected> expected;  ///< null if the trainer gave none
   };
 
   class Refit;

@@ -193,7 +193,8 @@ void reply_metrics(Replies& replies, Session& asker, std::uint64_t request_id,
           copy, total, statistics.checks(), statistics.tensors_verified(),
           statistics.tensors_mismatched(), statistics.tensors_missing(), quota_list, module_list,
           statistics.proofs(ProofResult::equal), statistics.proofs(ProofResult::different),
-          statistics.proofs(ProofResult::overtaken), statistics.proofs(ProofResult::unreadable))
+          statistics.proofs(ProofResult::overtaken), statistics.proofs(ProofResult::unreadable),
+          statistics.proofs(ProofResult::refuted))
           .Union());
 }
 

@@ -152,8 +152,9 @@ Result<void> Server::set_up(ConfigurationSource source) {
   checker_ = std::make_unique<Checker>(registry_, scheduler_, replies_, *background_, devices_,
                                        statistics_);
   prover_ = std::make_unique<Prover>(settings().proof_threads, completions_, devices_, statistics_);
-  refits_->on_commit = [this](const Session& engine, const auto& module, const auto& plan) {
-    prover_->committed(engine, module, plan);
+  refits_->on_commit = [this](const Session& engine, const auto& module, const auto& plan,
+                              const auto& expected) {
+    prover_->committed(engine, module, plan, expected);
   };
   sleeper_ = std::make_unique<Sleeper>(registry_, scheduler_, replies_, *background_, completions_);
   reloader_ = std::make_unique<Reloader>(std::move(source), configuration_, registry_, replies_,

@@ -42,8 +42,9 @@ enum class ProofResult : std::uint8_t {
   different,   ///< from the source as it is now, which the trainer may have changed since
   overtaken,   ///< by the next refit, or the memory was given up
   unreadable,  ///< memory that faulted, or a device that did not answer
+  refuted,     ///< from the digests that came with the refit
 };
-inline constexpr std::size_t kProofResults = 4;
+inline constexpr std::size_t kProofResults = 5;
 
 class Statistics {
  public:

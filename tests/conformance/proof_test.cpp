@@ -65,6 +65,87 @@ TEST_P(Refit, CheckSaysHowFarTheProofIs) {
   EXPECT_EQ(report.proven_version, 1U);
 }
 
+/// The digests of what `model` holds.
+std::vector<NamedDigest> digests_of(Observer& observer, const std::string& engine) {
+  return must(observer.digest({engine, "transformer", DigestKind::raw},
+                              Deadline::in(std::chrono::seconds(20))))
+      .tensors;
+}
+
+TEST_P(Refit, DigestsThatCameWithTheRefitProveIt) {
+  Model source("transformer", small_tensors());
+  Model target("transformer", small_tensors());
+  source.fill(1);
+  Trainer trainer = make_trainer(source);
+  Engine engine = make_engine("flux", target);
+  Observer observer = make_observer();
+  const WaitingEngine waiting(engine);
+  must(trainer.refit({"flux", "transformer"}, soon()));
+  RefitTarget wanted{"flux", "transformer"};
+  wanted.expected = digests_of(observer, "flux");
+  wanted.expected_kind = DigestKind::raw;
+  must(trainer.refit(wanted, soon()));
+  EXPECT_TRUE(eventually([&] { return proven_version(observer) == 2; }));
+  // Of a part: the rest is compared.
+  wanted.expected.resize(1);
+  must(trainer.refit(wanted, soon()));
+  EXPECT_TRUE(eventually([&] { return proven_version(observer) == 3; }));
+  EXPECT_EQ(must(observer.metrics(soon())).proofs.refuted, 0U);
+}
+
+TEST_P(Refit, BytesThatTheDigestsRefutePoisonTheModule) {
+  Model source("transformer", small_tensors());
+  Model target("transformer", small_tensors());
+  source.fill(1);
+  Trainer trainer = make_trainer(source);
+  Engine engine = make_engine("flux", target);
+  Observer observer = make_observer();
+  const WaitingEngine waiting(engine);
+  must(trainer.refit({"flux", "transformer"}, soon()));
+  RefitTarget wanted{"flux", "transformer"};
+  wanted.expected = digests_of(observer, "flux");
+  wanted.expected_kind = DigestKind::raw;
+  wanted.expected[2].second.bytes[7] ^= 1;
+  must(trainer.refit(wanted, soon()));
+  EXPECT_TRUE(eventually([&] { return !engine.step_allowed(); }));
+  EXPECT_EQ(engine.state("transformer"), ModuleState::poisoned);
+  EXPECT_EQ(must(observer.metrics(soon())).proofs.refuted, 1U);
+  // Another refit of all of it makes it whole.
+  must(trainer.refit({"flux", "transformer"}, soon()));
+  EXPECT_TRUE(engine.step_allowed());
+  EXPECT_TRUE(eventually([&] { return proven_version(observer) == 3; }));
+}
+
+TEST_P(Refit, ExpectedDigestsThatMakeNoSenseAreRefused) {
+  Model source("transformer", small_tensors());
+  Model target("transformer", small_tensors());
+  source.fill(1);
+  Trainer trainer = make_trainer(source);
+  Engine engine = make_engine("flux", target);
+  Observer observer = make_observer();
+  const WaitingEngine waiting(engine);
+  const std::vector<NamedDigest> live = digests_of(observer, "flux");
+  const auto refused = [&](const RefitTarget& wanted) {
+    const auto report = trainer.refit(wanted, soon());
+    return report ? Errc::ok : report.error().code;
+  };
+  RefitTarget wanted{"flux", "transformer", "", {"scale"}};
+  wanted.expected = {{"counter", live.front().second}, {"nobody", live.front().second}};
+  const auto report = trainer.refit(wanted, soon());
+  ASSERT_FALSE(report);
+  EXPECT_EQ(report.error().code, Errc::manifest_mismatch);
+  EXPECT_EQ(report.error().details.size(), 2U);
+  wanted.expected = {{"scale", live.front().second}, {"scale", live.front().second}};
+  EXPECT_EQ(refused(wanted), Errc::bad_argument);
+  wanted.expected.pop_back();
+  wanted.expected_kind = DigestKind::xxh3;
+  EXPECT_EQ(refused(wanted), Errc::bad_argument);
+  wanted.expected_kind = DigestKind::raw;
+  wanted.expected.front().second.length = 16;
+  EXPECT_EQ(refused(wanted), Errc::bad_argument);
+  EXPECT_EQ(engine.version("transformer"), 0U);
+}
+
 class SkippedTensor : public Refit {
  protected:
   SkippedTensor() : Refit({true, "copy.skip_tensor=skip", {}, {}}) {}

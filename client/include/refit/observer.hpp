@@ -93,6 +93,7 @@ struct ProofCounts {
   std::uint64_t equal = 0, different = 0;
   std::uint64_t overtaken = 0;   ///< by the next refit, or the memory was given up
   std::uint64_t unreadable = 0;  ///< memory that faulted, or a device that did not answer
+  std::uint64_t refuted = 0;     ///< the bytes have not the digests that came with the refit
 };
 
 /// Counters of the daemon's life and what it holds now.

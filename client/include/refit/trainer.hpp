@@ -29,6 +29,10 @@ struct RefitTarget {
   std::vector<std::string> selection = {};  ///< target tensor names; empty means all
   bool allow_unmatched =
       false;  ///< source tensors without a target are left alone instead of refused
+  /// SHA-256 that target tensors shall have. The daemon proves them in the background after the
+  /// commit, and poisons the module if one has not.
+  std::vector<NamedDigest> expected = {};
+  DigestKind expected_kind = DigestKind::sglang;
 };
 
 struct RefitOptions {

@@ -211,11 +211,14 @@ std::vector<MetricFamily> metric_families(const DaemonMetrics& metrics) {
       {"refit_proofs_total",
        "counter",
        "Proofs in the background: source and target equal; different, which a trainer "
-       "that has gone on explains; overtaken by the next refit; not readable.",
+       "that has gone on explains; overtaken by the next refit; not readable; refuted by the "
+       "digests "
+       "that came with the refit, which poisons the module.",
        {{"", {{"result", "equal"}}, number(metrics.proofs.equal)},
         {"", {{"result", "different"}}, number(metrics.proofs.different)},
         {"", {{"result", "overtaken"}}, number(metrics.proofs.overtaken)},
-        {"", {{"result", "unreadable"}}, number(metrics.proofs.unreadable)}}});
+        {"", {{"result", "unreadable"}}, number(metrics.proofs.unreadable)},
+        {"", {{"result", "refuted"}}, number(metrics.proofs.refuted)}}});
   add_quotas(families, metrics.quotas);
   add_modules(families, metrics.modules);
   return families;
