@@ -62,7 +62,7 @@ const char* type_name(const toml::node& node) {
 
 /// What a value is, for the message that refuses it.
 std::string shown(const toml::node& node) {
-  if (const auto* text = node.as_string()) return quoted(text->get());
+  if (const auto* text = node.as_string()) return in_quotes(text->get());
   if (const auto* number = node.as_integer()) return std::to_string(number->get());
   if (const auto* flag = node.as_boolean()) return flag->get() ? "true" : "false";
   return type_name(node);
@@ -111,7 +111,7 @@ class FileReader {
     std::string list;
     for (const std::string_view one : known) list += (list.empty() ? "" : ", ") + std::string(one);
     complain(key.source(),
-             "unknown key " + quoted(full) +
+             "unknown key " + in_quotes(full) +
                  (meant ? "; did you mean " + std::string(*meant) + "?" : "; known keys: " + list));
   }
 
@@ -275,7 +275,7 @@ class FileReader {
     const auto id = find(text->get());
     if (!id)
       complain(node.source(), std::string(key) + ": there is no " + what + " " +
-                                  quoted(text->get()) + " on this host");
+                                  in_quotes(text->get()) + " on this host");
     return id;
   }
 

@@ -25,7 +25,7 @@ namespace {
 constexpr std::uint64_t kMatchWorkMax = std::uint64_t{1} << 27;
 
 std::string subject(const TensorSpec& tensor, std::size_t index) {
-  std::string text = "tensor " + quoted(tensor.name);
+  std::string text = "tensor " + in_quotes(tensor.name);
   if (tensor.name.empty()) text += " (number " + number(index) + ")";
   return text;
 }
@@ -333,7 +333,7 @@ void check_overlaps(const std::vector<TensorSpec>& tensors, const std::vector<Re
         const TensorSpec& a = tensors[std::min(pair.a, pair.b)];
         const TensorSpec& b = tensors[std::max(pair.a, pair.b)];
         problems.push_back(
-            subject(a, pair.a) + " and tensor " + quoted(b.name) +
+            subject(a, pair.a) + " and tensor " + in_quotes(b.name) +
             (pair.certain ? ": they overlap" : ": their strides interleave, and they may overlap") +
             " (" + place_of(a) + " and " + place_of(b) + ")");
       }
@@ -426,7 +426,7 @@ Result<std::shared_ptr<const Manifest>> Manifest::validate(
     const std::string& name = list[by_name[first]].name;
     while (last < by_name.size() && list[by_name[last]].name == name) ++last;
     if (last - first > 1 && !name.empty()) {
-      problems.push_back("tensor " + quoted(name) + ": " + number(last - first) +
+      problems.push_back("tensor " + in_quotes(name) + ": " + number(last - first) +
                          " tensors have this name (the first are numbers " +
                          number(by_name[first]) + " and " + number(by_name[first + 1]) + ")");
     }
@@ -453,7 +453,7 @@ Result<std::shared_ptr<const Manifest>> Manifest::validate(
           const bool too_long = mapped->name.size() > limits.name_bytes_max;
           problems.push_back(
               subject(list[i], i) + ": name rule " + number(mapped->rule) + " " +
-              quoted(rule.pattern) + " -> " + quoted(rule.target) +
+              in_quotes(rule.pattern) + " -> " + in_quotes(rule.target) +
               " rewrites it to an illegal name: " +
               (too_long ? "the name has more than " + number(limits.name_bytes_max) + " bytes"
                         : *problem));
@@ -499,8 +499,8 @@ std::vector<std::string> Manifest::shared_with(const Manifest& other) const {
   for (std::size_t a = 0, b = 0; a < mine.size() && b < theirs.size();) {
     const bool same_memory = memory(mine[a]) == memory(theirs[b]);
     if (same_memory && mine[a].begin < theirs[b].end && theirs[b].begin < mine[a].end) {
-      shared.push_back("tensor " + quoted(tensors_[mine[a].tensor].name) + " of " + label_ +
-                       " and tensor " + quoted(other.tensors_[theirs[b].tensor].name) + " of " +
+      shared.push_back("tensor " + in_quotes(tensors_[mine[a].tensor].name) + " of " + label_ +
+                       " and tensor " + in_quotes(other.tensors_[theirs[b].tensor].name) + " of " +
                        other.label_ + ": they are the same memory");
     }
     const bool mine_ends_first =

@@ -37,8 +37,8 @@ NameMap NameMap::compile(const std::vector<NameRule>& rules, std::size_t pattern
     const NameRule& rule = rules[i];
     bool usable = true;
     const auto report = [&](const std::string& what) {
-      problems.push_back("name rule " + std::to_string(i) + " " + quoted(rule.pattern) + " -> " +
-                         quoted(rule.target) + ": " + what);
+      problems.push_back("name rule " + std::to_string(i) + " " + in_quotes(rule.pattern) + " -> " +
+                         in_quotes(rule.target) + ": " + what);
       usable = false;
     };
     if (rule.parts == 0 || rule.part >= rule.parts) {
@@ -57,13 +57,13 @@ NameMap NameMap::compile(const std::vector<NameRule>& rules, std::size_t pattern
     }
     auto pattern = std::make_unique<RE2>(rule.pattern, options);
     if (!pattern->ok()) {
-      report("the pattern does not compile: " + quoted(pattern->error()));
+      report("the pattern does not compile: " + in_quotes(pattern->error()));
       continue;
     }
     if (rule.target.size() <= pattern_bytes_max) {
       std::string why;
       if (!pattern->CheckRewriteString(rule.target, &why)) {
-        report("the target does not fit the pattern: " + quoted(why));
+        report("the target does not fit the pattern: " + in_quotes(why));
       }
     }
     if (!usable) continue;

@@ -147,7 +147,7 @@ class Compiler {
     std::sort(unknown.begin(), unknown.end());
     unknown.erase(std::unique(unknown.begin(), unknown.end()), unknown.end());
     for (const std::string_view name : unknown) {
-      problems_.push_back("selected " + quoted(name) + ": " + target_.label() +
+      problems_.push_back("selected " + in_quotes(name) + ": " + target_.label() +
                           " has no such tensor (the source is " + source_.label() + ")");
     }
     for (std::size_t i = 0; i < targets.size(); ++i) {
@@ -164,7 +164,7 @@ class Compiler {
       if (tensor == nullptr) {
         if (!unmatched_is_wrong) continue;
         problems_.push_back("source " + describe(sources[i], source_.label()) + ": " +
-                            target_.label() + " has no tensor " + quoted(destination.name));
+                            target_.label() + " has no tensor " + in_quotes(destination.name));
         continue;
       }
       const auto target = static_cast<std::size_t>(tensor - target_.tensors().data());

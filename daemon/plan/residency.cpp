@@ -14,7 +14,7 @@ namespace {
 std::string subject(const Manifest& manifest, std::uint32_t buffer) {
   std::string text = manifest.label() + ": layer buffer " + std::to_string(buffer);
   for (const TensorSpec& tensor : manifest.tensors()) {
-    if (tensor.layer_buffer == buffer) return text + " (tensor " + quoted(tensor.name) + ")";
+    if (tensor.layer_buffer == buffer) return text + " (tensor " + in_quotes(tensor.name) + ")";
   }
   return text;
 }

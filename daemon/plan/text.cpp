@@ -39,7 +39,7 @@ TextKind kind_of(std::string_view text) noexcept {
 
 }  // namespace
 
-std::string quoted(std::string_view text) {
+std::string in_quotes(std::string_view text) {
   const bool cut = text.size() > kQuotedBytesMax;
   if (cut) text = text.substr(0, kQuotedBytesMax);
   const bool printable = kind_of(text) == TextKind::printable;
@@ -63,7 +63,7 @@ std::string quoted(std::string_view text) {
 }
 
 std::string describe(const TensorSpec& tensor, std::string_view label) {
-  std::string text = quoted(tensor.name);
+  std::string text = in_quotes(tensor.name);
   text += " (";
   text += dtype_name(tensor.dtype);
   text += ", ";

@@ -19,7 +19,7 @@ namespace refit::daemon {
 
 /// The text in single quotes on one line; control bytes and broken UTF-8 as \xNN, cut after 512
 /// bytes.
-[[nodiscard]] std::string quoted(std::string_view text);
+[[nodiscard]] std::string in_quotes(std::string_view text);
 
 /// "'name' (torch.float32, (3, 4)) of label"; with its box in the global shape where it is not the
 /// whole tensor.

@@ -189,11 +189,11 @@ Result<std::string> decode_name(const flatbuffers::String* text, const char* wha
                                         std::to_string(kNameBytesMax) + " bytes");
   }
   if (name.find_first_of(" /") != std::string_view::npos) {
-    return fail(Errc::bad_argument, std::string("the name of the ") + what + ", " + quoted(name) +
-                                        ", holds a space or '/'");
+    return fail(Errc::bad_argument, std::string("the name of the ") + what + ", " +
+                                        in_quotes(name) + ", holds a space or '/'");
   }
   if (const auto problem = name_problem(name, kNameBytesMax)) {
-    return fail(Errc::bad_argument, std::string(what) + " " + quoted(name) + ": " + *problem);
+    return fail(Errc::bad_argument, std::string(what) + " " + in_quotes(name) + ": " + *problem);
   }
   return std::string(name);
 }

@@ -53,7 +53,7 @@ Unexpected Registry::refuse(const Session& asker, std::string_view name, bool am
                     "; this session's uid is " + std::to_string(asker.peer.uid) +
                     ", which no [[engine]] rule of the daemon's configuration allows to use it");
   }
-  return fail(Errc::no_such_engine, "no engine is registered as " + quoted(name) +
+  return fail(Errc::no_such_engine, "no engine is registered as " + in_quotes(name) +
                                         (known.empty() ? "; no engine of this uid is connected"
                                                        : "; engines of this uid: " + known));
 }
@@ -73,7 +73,8 @@ Result<std::shared_ptr<Module>> Registry::module_of(const Session& engine,
   for (const auto& [module, value] : engine.modules) known += (known.empty() ? "" : ", ") + module;
   return fail(Errc::no_such_module,
               std::string(role_name(engine.role)) + " " + engine.name + " registered no module " +
-                  quoted(name) + (known.empty() ? "; it registered none" : "; it has: " + known));
+                  in_quotes(name) +
+                  (known.empty() ? "; it registered none" : "; it has: " + known));
 }
 
 bool Registry::is_operator(uid_t uid) { return uid == 0 || uid == ::geteuid(); }
