@@ -1,33 +1,28 @@
 # Finds what the project stands on, and says what is missing and how to get it.
 
-find_package(Threads REQUIRED)
-find_package(PkgConfig REQUIRED)
-find_package(Boost 1.74 REQUIRED)
-find_package(OpenSSL 3 REQUIRED COMPONENTS Crypto)
-find_package(nlohmann_json 3.11 REQUIRED)
-find_package(CLI11 REQUIRED)
-find_package(tl-expected REQUIRED)  # package libexpected-dev
-pkg_check_modules(XXHASH REQUIRED IMPORTED_TARGET libxxhash)
-# XXH3 by the widest registers of the CPU that it runs on, where the library was built with that.
-include(CheckCXXSymbolExists)
-set(CMAKE_REQUIRED_LIBRARIES PkgConfig::XXHASH)
-check_cxx_symbol_exists(XXH3_128bits_update_dispatch "xxh_x86dispatch.h" REFIT_XXHASH_DISPATCHES)
-unset(CMAKE_REQUIRED_LIBRARIES)
-pkg_check_modules(SYSTEMD REQUIRED IMPORTED_TARGET libsystemd)
-pkg_check_modules(RE2 REQUIRED IMPORTED_TARGET re2)
+set(REFIT_CARRIED "" CACHE PATH
+  "folder of libraries that came with the source (scripts/gpu-check pack): none of this host's packages is used")
 
-find_program(REFIT_FLATC flatc REQUIRED DOC "FlatBuffers compiler (package flatbuffers-compiler)")
-find_path(REFIT_FLATBUFFERS_INCLUDE flatbuffers/flatbuffers.h REQUIRED DOC "package libflatbuffers-dev")
-find_path(REFIT_TOML_INCLUDE toml++/toml.h REQUIRED DOC "package libtomlplusplus-dev; headers only")
+find_package(Threads REQUIRED)
+if(REFIT_CARRIED)
+  include(cmake/carried_packages.cmake)
+else()
+  include(cmake/host_packages.cmake)
+endif()
 
 if(REFIT_TESTS)
-  find_package(GTest REQUIRED)
   include(GoogleTest)
 endif()
 
 set(REFIT_HAVE_TORCH OFF)
+set(REFIT_TORCH_WHEEL "" CACHE PATH
+  "folder `torch` of an installed PyTorch wheel, whose libtorch is to be taken as it lies there")
 if(REFIT_TORCH)
-  find_package(Torch QUIET)
+  if(REFIT_TORCH_WHEEL)
+    include(cmake/torch_wheel.cmake)
+  else()
+    find_package(Torch QUIET)
+  endif()
   if(Torch_FOUND)
     set(REFIT_HAVE_TORCH ON)
   else()
