@@ -44,6 +44,7 @@ class CudaFaults : public ::testing::TestWithParam<std::tuple<MemoryKind, Fault>
     made.settle();
     return made;
   }
+  void SetUp() override { REFIT_FAKE_ONLY("injected faults"); }
   ~CudaFaults() override { end_of_test(); }
 
   /// One life with the k-th call of a function failing; none fails of the empty one. Returns the

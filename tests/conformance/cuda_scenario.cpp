@@ -68,7 +68,9 @@ class Scenario {
 
  private:
   Model make_model() {
-    return {"transformer", tensors(), make_storage(kind_, Model::sizes_of(tensors()))};
+    Model model{"transformer", tensors(), make_storage(kind_, Model::sizes_of(tensors()))};
+    static_cast<DeviceStorage&>(model.storage()).run_late();
+    return model;
   }
 
   Result<void> play() {

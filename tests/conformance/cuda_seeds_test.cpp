@@ -5,6 +5,8 @@
 // daemon. Each seed has a daemon of its own, which says by its exit code whether it misused the
 // driver or leaked; a client that did fails the program. scripts/fence-table prints how many seeds
 // find each wait.
+//
+// On a real driver there is one schedule: work begins late by a function of the host before it.
 
 #include <gtest/gtest.h>
 
@@ -13,6 +15,7 @@
 #include <cstdio>
 
 #include "conformance/cuda_scenario.hpp"
+#include "support/cuda/driver.hpp"
 #include "support/daemon_process.hpp"
 
 namespace refit::test {
@@ -25,7 +28,9 @@ class CudaSeeds : public ::testing::TestWithParam<const char*> {
 };
 
 TEST_P(CudaSeeds, GiveTheRightBytesAndDigests) {
-  for (std::uint64_t seed = 1; seed <= REFIT_TEST_SEEDS && !HasFailure(); ++seed) {
+  if (GetParam() != std::string("lazy")) REFIT_FAKE_ONLY("schedules");
+  const std::uint64_t seeds = cuda::Driver::fake() ? REFIT_TEST_SEEDS : 5;
+  for (std::uint64_t seed = 1; seed <= seeds && !HasFailure(); ++seed) {
     choose_schedule(seed, GetParam());
     DaemonOptions how;
     how.environment = {{"FAKECUDA_ROLE", "daemon"}};
@@ -72,6 +77,7 @@ int wrong_seeds(const std::string& socket, const std::string& name, const std::s
 }
 
 constexpr int kRepetitions = 20;
+constexpr int kRealRepetitions = 3;
 
 class CudaFences : public ::testing::TestWithParam<const char*> {
  protected:
@@ -80,11 +86,14 @@ class CudaFences : public ::testing::TestWithParam<const char*> {
 };
 
 TEST_P(CudaFences, LeftOutShowsAsWrongBytesOrDigestsEveryTime) {
+  // Nobody can hold back a device between a copy and its end.
+  if (GetParam() == std::string("fence.done")) REFIT_FAKE_ONLY("a copy that ends late");
+  const int repetitions = cuda::Driver::fake() ? kRepetitions : kRealRepetitions;
   for (const MemoryKind kind : memory_kinds()) {
     int wrong = 0;
-    for (int i = 0; i < kRepetitions; ++i)
+    for (int i = 0; i < repetitions; ++i)
       wrong += wrong_seeds(socket_, GetParam(), "lazy", kind, 1, 1);
-    EXPECT_EQ(wrong, *GetParam() == '\0' ? 0 : kRepetitions) << name_of(kind);
+    EXPECT_EQ(wrong, *GetParam() == '\0' ? 0 : repetitions) << name_of(kind);
   }
 }
 

@@ -1,6 +1,8 @@
 #include "support/cuda/device_storage.hpp"
 
+#include <chrono>
 #include <mutex>
+#include <thread>
 
 #include "support/must.hpp"
 
@@ -46,7 +48,11 @@ DeviceAllocation::DeviceAllocation(DeviceKind kind, int device, std::uint64_t by
     : kind_(kind), device_(device), bytes_(bytes) {
   const Current current(device);
   if (kind == DeviceKind::legacy) {
-    cuda::must(driver().cuMemAlloc(&address_, bytes), "cuMemAlloc");
+    // A real driver cuts small ones from blocks of this size and shares the block; allocators like
+    // PyTorch's ask for no less.
+    constexpr std::uint64_t kBlock = std::uint64_t{2} << 20;
+    if (!Driver::fake()) bytes_ = rounded(bytes, kBlock);
+    cuda::must(driver().cuMemAlloc(&address_, bytes_), "cuMemAlloc");
     return;
   }
   const CUmemAllocationProp properties = properties_of(device, shareable);
@@ -56,7 +62,10 @@ DeviceAllocation::DeviceAllocation(DeviceKind kind, int device, std::uint64_t by
              "cuMemGetAllocationGranularity");
   segment_bytes_ = rounded((bytes + segments - 1) / segments, granularity);
   bytes_ = segment_bytes_ * segments;
-  cuda::must(driver().cuMemAddressReserve(&address_, bytes_, 0, 0, 0), "cuMemAddressReserve");
+  // Nothing is mapped behind it, so that its end is an end wherever the next one is placed.
+  reserved_bytes_ = bytes_ + granularity;
+  cuda::must(driver().cuMemAddressReserve(&address_, reserved_bytes_, 0, 0, 0),
+             "cuMemAddressReserve");
   for (std::uint64_t i = 0; i < segments; ++i) {
     CUmemGenericAllocationHandle handle = 0;
     cuda::must(driver().cuMemCreate(&handle, segment_bytes_, &properties, 0), "cuMemCreate");
@@ -78,7 +87,7 @@ DeviceAllocation::~DeviceAllocation() {
   }
   for (std::uint64_t at = 0; at < bytes_; at += segment_bytes_)
     cuda::must(driver().cuMemUnmap(address_ + at, segment_bytes_), "cuMemUnmap");
-  cuda::must(driver().cuMemAddressFree(address_, bytes_), "cuMemAddressFree");
+  cuda::must(driver().cuMemAddressFree(address_, reserved_bytes_), "cuMemAddressFree");
 }
 
 // ---- tensors in several of them
@@ -127,8 +136,20 @@ DeviceStorage::DeviceStorage(DeviceKind kind, int device,
   settle();
 }
 
+void DeviceStorage::fall_behind(int milliseconds) const {
+  if (!runs_late_ || driver().cuLaunchHostFunc == nullptr) return;
+  const auto wait = [](void* ms) {
+    std::this_thread::sleep_for(
+        std::chrono::milliseconds(reinterpret_cast<std::intptr_t>(ms)));  // no address
+  };
+  cuda::must(driver().cuLaunchHostFunc(
+                 stream_, wait, reinterpret_cast<void*>(static_cast<std::intptr_t>(milliseconds))),
+             "cuLaunchHostFunc");
+}
+
 void DeviceStorage::upload() {
   const Current current(device_);
+  fall_behind(20);
   for (std::size_t i = 0; i < places_.size(); ++i) {
     if (tensor_bytes_[i] == 0) continue;
     cuda::must(driver().cuMemcpyHtoDAsync(reinterpret_cast<CUdeviceptr>(places_[i].address),
@@ -139,6 +160,8 @@ void DeviceStorage::upload() {
 
 void DeviceStorage::scribble(unsigned char value) {
   const Current current(device_);
+  // Longer than an upload, so that a writer that waits for the upload only is too early.
+  fall_behind(60);
   for (std::size_t i = 0; i < places_.size(); ++i) {
     if (tensor_bytes_[i] == 0) continue;
     cuda::must(driver().cuMemsetD8Async(reinterpret_cast<CUdeviceptr>(places_[i].address), value,

@@ -36,7 +36,8 @@ class DeviceAllocation {
   int device_;
   CUdeviceptr address_ = 0;
   std::uint64_t bytes_ = 0;
-  std::uint64_t segment_bytes_ = 0;  ///< of vmm
+  std::uint64_t segment_bytes_ = 0;   ///< of vmm
+  std::uint64_t reserved_bytes_ = 0;  ///< of vmm
 };
 
 class DeviceStorage final : public ModelStorage {
@@ -53,13 +54,20 @@ class DeviceStorage final : public ModelStorage {
   /// Work of this process on the tensors that takes a while and ends with other bytes in them.
   void scribble(unsigned char value);
 
+  /// From now on uploads and scribbles begin late on a real driver too. When they do on the fake
+  /// one is its schedule's to say.
+  void run_late() { runs_late_ = true; }
+
   [[nodiscard]] CUstream stream() const { return stream_; }
 
   /// Frees what models that are gone have left. No daemon may have it open.
   static void free_retired();
 
  private:
+  void fall_behind(int milliseconds) const;
+
   int device_;
+  bool runs_late_ = false;
   CUstream stream_ = nullptr;
   std::byte* view_ = nullptr;
   std::vector<std::uint64_t> tensor_bytes_;

@@ -39,6 +39,12 @@ Driver load() {
 #define REFIT_X(name, version) bind(#name, version, driver.name);
   REFIT_TEST_CUDA_CALLS(REFIT_X)
 #undef REFIT_X
+#define REFIT_X(name, version)                                                               \
+  if (void* found = nullptr;                                                                 \
+      resolve(#name, &found, version, CU_GET_PROC_ADDRESS_DEFAULT, nullptr) == CUDA_SUCCESS) \
+    driver.name = reinterpret_cast<PFN_##name##_v##version>(found);
+  REFIT_TEST_CUDA_OPTIONAL_CALLS(REFIT_X)
+#undef REFIT_X
   must(driver.cuInit(0), "cuInit");
   return driver;
 }
@@ -66,6 +72,12 @@ const std::optional<fakecuda::Control>& Driver::fake() {
   get();  // it can be asked once it is there
   static const std::optional<fakecuda::Control> kControl = fakecuda::Control::of(library());
   return kControl;
+}
+
+int device_count() {
+  int count = 0;
+  must(Driver::get().cuDeviceGetCount(&count), "cuDeviceGetCount");
+  return count;
 }
 
 void must(CUresult code, const char* call) {

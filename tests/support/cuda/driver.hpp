@@ -50,9 +50,13 @@ namespace refit::test::cuda {
   X(cuStreamDestroy, 4000)                \
   X(cuStreamSynchronize, 2000)
 
+// X(name, version): null where the driver is without it, as the fake one is.
+#define REFIT_TEST_CUDA_OPTIONAL_CALLS(X) X(cuLaunchHostFunc, 10000)
+
 struct Driver {
 #define REFIT_X(name, version) PFN_##name##_v##version name = nullptr;
   REFIT_TEST_CUDA_CALLS(REFIT_X)
+  REFIT_TEST_CUDA_OPTIONAL_CALLS(REFIT_X)
 #undef REFIT_X
 
   /// Ends the process where there is no driver: nothing here means anything then.
@@ -60,6 +64,9 @@ struct Driver {
   /// Nothing if the driver is a real one.
   static const std::optional<fakecuda::Control>& fake();
 };
+
+/// Devices that this process sees.
+int device_count();
 
 /// Ends the process with the call's name unless it succeeded.
 void must(CUresult code, const char* call);
@@ -77,3 +84,12 @@ class Current {
 void release_contexts();
 
 }  // namespace refit::test::cuda
+
+/// Ends a test that asks what only the fake driver tells or does. scripts/gpu-check counts it as
+/// such.
+#define REFIT_FAKE_ONLY(why) \
+  if (!::refit::test::cuda::Driver::fake()) GTEST_SKIP() << "fake only: " << (why)
+/// Ends a test that this host has too few devices for. scripts/gpu-check counts it as not run.
+#define REFIT_NEEDS_DEVICES(count)                                          \
+  if (const int seen = ::refit::test::cuda::device_count(); seen < (count)) \
+  GTEST_SKIP() << "not run: needs " << (count) << " devices, and there is " << seen
