@@ -1,9 +1,11 @@
-// The libtorch adapter: moves a torch::nn::Module's tensors into shared memory once, so that they
-// live there.
+// The libtorch adapter: a torch::nn::Module's tensors as a ModuleSpec. Those on the CPU are moved
+// into shared memory once, so that they live there; those on a CUDA device are shared where they
+// lie.
 //
 // Header only and C++17, libtorch 1.13 up to a current one; the only public header that knows
-// torch. CPU tensors only. Threads: none of its own; nobody else may use the module during a call.
-// Knows nothing of sessions and daemons: it makes the ModuleSpec that Trainer and Engine register.
+// torch, and of CUDA no header at all. Threads: none of its own; nobody else may use the module
+// during a call. Knows nothing of sessions and daemons: it makes the ModuleSpec that Trainer and
+// Engine register.
 #pragma once
 
 #include <torch/nn/module.h>
@@ -31,6 +33,9 @@ namespace refit {
 struct TorchModuleOptions {
   std::string prefix;                 ///< put before every tensor's name, for example "model."
   const char* label = "refit-torch";  ///< the shared memory's name in /proc/PID/maps
+  /// The CUstream that the module's work on its CUDA tensors runs on; null is the default stream,
+  /// which torch uses unless told otherwise. Refits come after what it holds.
+  void* stream = nullptr;
 };
 
 /// The dtype of this project for torch's; nothing for those that it does not know (complex,
@@ -95,12 +100,19 @@ inline Dims dims_of(const torch::Tensor& tensor) {
   return dims;
 }
 
-// Why a tensor cannot move, or an empty string.
+// Why a tensor cannot be shared, or an empty string.
 inline std::string torch_objection(const torch::Tensor& tensor) {
   if (tensor.layout() != torch::kStrided) return "is not a dense tensor";
-  if (!tensor.device().is_cpu()) {
+  if (!tensor.device().is_cpu() && !tensor.device().is_cuda()) {
     return "is on device " + tensor.device().str() +
-           "; this adapter shares CPU tensors only: move the module to the CPU first";
+           "; this adapter shares tensors of the CPU and of CUDA devices: move the module there "
+           "first";
+  }
+  if (tensor.device().is_cuda() && tensor.numel() != 0) {
+    for (std::int64_t dim = 0; dim < tensor.dim(); ++dim) {
+      if (tensor.size(dim) > 1 && tensor.stride(dim) == 0)
+        return "is expanded, so that several of its elements are one; make it contiguous";
+    }
   }
   if (!dtype_of(tensor.scalar_type())) {
     return std::string("has dtype ") + torch::toString(tensor.scalar_type()) +
@@ -175,6 +187,38 @@ inline std::vector<std::string> torch_overlaps(const std::vector<TorchEntry>& en
   return lines;
 }
 
+inline std::size_t torch_span_bytes(const torch::Tensor& tensor) {
+  return static_cast<std::size_t>(torch_end(tensor) -
+                                  static_cast<const std::byte*>(tensor.data_ptr()));
+}
+
+// Memory of a device, and the tensors in it: who holds the one holds the other.
+struct TorchDeviceMemory {
+  std::shared_ptr<DeviceMemory> memory;
+  std::vector<torch::Tensor> tensors;
+};
+
+// The allocations that CUDA tensors lie in, each shared once however many tensors it has.
+inline Result<std::vector<std::shared_ptr<TorchDeviceMemory>>> share_torch_devices(
+    std::vector<TorchEntry> entries, const std::string& module) {
+  std::sort(entries.begin(), entries.end(), [](const TorchEntry& a, const TorchEntry& b) {
+    return a.tensor.data_ptr() < b.tensor.data_ptr();
+  });
+  std::vector<std::shared_ptr<TorchDeviceMemory>> all;
+  for (const TorchEntry& entry : entries) {
+    const std::size_t bytes = torch_span_bytes(entry.tensor);
+    if (all.empty() || !all.back()->memory->contains(entry.tensor.data_ptr(), bytes)) {
+      auto next = std::make_shared<TorchDeviceMemory>();
+      REFIT_TRY_ASSIGN(next->memory,
+                       DeviceMemory::share(entry.tensor.data_ptr(), bytes,
+                                           "module \"" + module + "\", \"" + entry.name + "\""));
+      all.push_back(std::move(next));
+    }
+    all.back()->tensors.push_back(entry.tensor);
+  }
+  return all;
+}
+
 inline Result<ModuleSpec> share_torch_module(torch::nn::Module& module, const std::string& name,
                                              const TorchModuleOptions& options) {
   const torch::NoGradGuard no_grad;
@@ -189,36 +233,83 @@ inline Result<ModuleSpec> share_torch_module(torch::nn::Module& module, const st
     if (!objection.empty()) problems.push_back("tensor \"" + entry.name + "\" " + objection);
   }
   std::vector<std::size_t> firsts;
-  if (problems.empty()) {  // only dense CPU tensors have addresses to compare
+  if (problems.empty()) {  // only dense tensors have addresses to compare
     firsts = assign_torch_slots(entries);
     problems = torch_overlaps(entries, firsts);
   }
+  // A fence is of one device, and a refit that waits for none of another's work would be wrong.
+  std::optional<torch::Device> device;
+  for (const TorchEntry& entry : entries) {
+    if (!problems.empty() || !entry.tensor.device().is_cuda()) continue;
+    if (!device) device = entry.tensor.device();
+    if (*device != entry.tensor.device()) {
+      problems.push_back("tensor \"" + entry.name + "\" is on device " +
+                         entry.tensor.device().str() + ", others are on " + device->str() +
+                         "; share a module for each device");
+    }
+  }
   if (!problems.empty()) {
     std::sort(problems.begin(), problems.end());
-    return fail(Errc::bad_argument,
-                "module \"" + name + "\" cannot move into shared memory; nothing was changed",
+    return fail(Errc::bad_argument, "module \"" + name + "\" cannot be shared; nothing was changed",
                 std::move(problems));
   }
 
+  const auto stays = [](const torch::Tensor& tensor) {
+    return tensor.device().is_cuda() && tensor.numel() != 0;
+  };
+  std::vector<TorchEntry> on_device;
   std::vector<std::uint64_t> sizes;
   sizes.reserve(firsts.size());
-  for (const std::size_t first : firsts)
-    sizes.push_back(static_cast<std::uint64_t>(entries[first].tensor.nbytes()));
+  for (const std::size_t first : firsts) {
+    const bool there = stays(entries[first].tensor);
+    if (there) on_device.push_back(entries[first]);
+    sizes.push_back(there ? 0 : static_cast<std::uint64_t>(entries[first].tensor.nbytes()));
+  }
+  REFIT_TRY_ASSIGN(const auto devices, share_torch_devices(on_device, name));
   const ArenaLayout layout = ArenaLayout::pack(sizes);
-  // A module of empty tensors alone still gets a region, so that it can be registered.
-  REFIT_TRY_ASSIGN(
-      std::shared_ptr<SharedMemory> memory,
-      SharedMemory::allocate(static_cast<std::size_t>(std::max<std::uint64_t>(layout.bytes, 1)),
-                             options.label));
+  std::shared_ptr<SharedMemory> memory;
+  if (on_device.size() < firsts.size()) {
+    // A module of empty tensors alone still gets a region, so that it can be registered.
+    REFIT_TRY_ASSIGN(memory, SharedMemory::allocate(
+                                 static_cast<std::size_t>(std::max<std::uint64_t>(layout.bytes, 1)),
+                                 options.label));
+  }
 
   // Everything that can fail comes before the first set_data, so that a module is moved whole or
   // not at all.
   ModuleSpec spec(name);
+  if (!devices.empty()) {
+    REFIT_TRY_ASSIGN(auto fence, DeviceFence::behind(*devices.front()->memory, options.stream));
+    spec.set_fence(std::move(fence));
+  }
   std::vector<torch::Tensor> moved;
   moved.reserve(firsts.size());
   for (std::size_t slot = 0; slot < firsts.size(); ++slot) {
     const TorchEntry& entry = entries[firsts[slot]];
+    if (stays(entry.tensor)) {
+      const void* const place = entry.tensor.data_ptr();
+      const std::size_t bytes = torch_span_bytes(entry.tensor);
+      const auto held = std::find_if(devices.begin(), devices.end(), [&](const auto& one) {
+        return one->memory->contains(place, bytes);
+      });
+      Dims strides;
+      if (!entry.tensor.is_contiguous()) {
+        for (const std::int64_t stride : entry.tensor.strides())
+          strides.push_back(static_cast<std::uint64_t>(stride));
+      }
+      REFIT_TRY(spec.add(entry.name, *dtype_of(entry.tensor.scalar_type()), dims_of(entry.tensor),
+                         std::shared_ptr<Memory>(*held, (*held)->memory.get()), place,
+                         std::move(strides)));
+      moved.push_back(entry.tensor);
+      continue;
+    }
     std::byte* place = memory->data() + layout.offsets[slot];
+    if (entry.tensor.device().is_cuda()) {  // empty: it has no bytes to be anywhere
+      REFIT_TRY(spec.add(entry.name, *dtype_of(entry.tensor.scalar_type()), dims_of(entry.tensor),
+                         memory, place));
+      moved.push_back(entry.tensor);
+      continue;
+    }
     // The deleter owns a reference: the bytes outlive the spec for as long as torch uses them.
     torch::Tensor target = torch::from_blob(
         place, entry.tensor.sizes(), [memory](void*) {},
@@ -230,7 +321,9 @@ inline Result<ModuleSpec> share_torch_module(torch::nn::Module& module, const st
   }
   // set_data swaps the storage under the same TensorImpl: an optimizer that exists already keeps
   // its state, and requires_grad and .grad stay.
-  for (TorchEntry& entry : entries) entry.tensor.set_data(moved[entry.slot]);
+  for (TorchEntry& entry : entries) {
+    if (entry.tensor.device().is_cpu()) entry.tensor.set_data(moved[entry.slot]);
+  }
   return spec;
 }
 
@@ -249,7 +342,7 @@ inline Result<void> check_torch_module(const torch::nn::Module& module, const Mo
     if (entry.tensor.numel() == 0) continue;  // newer libtorch gives empty tensors a null data_ptr
     const auto known = by_name.find(entry.name);
     const bool tied = known == by_name.end();
-    const bool lives = entry.tensor.device().is_cpu() && entry.tensor.is_contiguous() &&
+    const bool lives = (entry.tensor.device().is_cuda() || entry.tensor.is_contiguous()) &&
                        (tied ? places.count(entry.tensor.data_ptr()) != 0
                              : entry.tensor.data_ptr() == place_of(*known->second));
     if (!lives)
@@ -267,8 +360,9 @@ inline Result<void> check_torch_module(const torch::nn::Module& module, const Mo
 
 }  // namespace detail
 
-/// Moves every parameter and buffer of `module` into one new SharedMemory, values kept, and lists
-/// them under the names that named_parameters() and named_buffers() give.
+/// Moves every parameter and buffer of `module` that is on the CPU into one new SharedMemory,
+/// values kept, shares those on a CUDA device where they lie, and lists them all under the names
+/// that named_parameters() and named_buffers() give.
 ///
 /// Call it once, before or after an optimizer was made: parameters keep their identity,
 /// requires_grad and grad. Tied tensors stay tied and are listed once, under their first name.
@@ -276,10 +370,16 @@ inline Result<void> check_torch_module(const torch::nn::Module& module, const Mo
 /// before the call still see the old memory. After it, do not call Module::to or torch::load on the
 /// module, which replace storage; check_torch_module tells.
 ///
+/// CUDA tensors keep their addresses and strides, and refits come behind options.stream: with work
+/// on other streams, let that one wait for them. The whole allocations are shared that they lie in,
+/// by legacy CUDA IPC or by fds, as torch's allocator made them: docs/gpu.md. The manifest keeps
+/// the tensors, so that their memory is not given back while it is registered.
+///
 /// @return The manifest, which holds the memory (so does every tensor); Errc::bad_argument with
 /// every tensor that
-///         cannot move (not on the CPU, not dense, unknown dtype, part of another tensor) or if
-///         there is none; Errc::os if the memory is not to be had. In all of these nothing was
+///         cannot be shared (on no CPU and no CUDA device, on a second CUDA device, not dense,
+///         unknown dtype, part of another tensor) or if there is none; Errc::os if the memory is
+///         not to be had; what DeviceMemory::share says of CUDA memory. In all of these nothing was
 ///         changed.
 /// Blocks: for one copy of the module. Allocates: yes.
 [[nodiscard]] inline Result<ModuleSpec> share_torch_module(torch::nn::Module& module,
