@@ -39,7 +39,8 @@ if(REFIT_HOST_LIBSYSTEMD)
   target_link_libraries(PkgConfig::SYSTEMD INTERFACE ${REFIT_HOST_LIBSYSTEMD})
 else()
   message(STATUS "libsystemd: the carried one")
-  target_link_libraries(PkgConfig::SYSTEMD INTERFACE
-    ${carried_lib}/systemd/libsystemd.so.0
+  target_link_libraries(PkgConfig::SYSTEMD INTERFACE ${carried_lib}/systemd/libsystemd.so.0)
+  # DT_RPATH, which also finds what that library needs.
+  target_link_options(PkgConfig::SYSTEMD INTERFACE
     "LINKER:-rpath,${carried_lib}/systemd,--disable-new-dtags,-rpath-link,${carried_lib}/systemd")
 endif()

@@ -219,12 +219,13 @@ TEST_P(BadDeviceMemory, GarbageHandlesAreRefused) {
 
 TEST_P(BadDeviceMemory, FdsThatAreNoDeviceMemoryAreRefused) {
   const Shared mine;
-  const UniqueFd memfd = honest_memfd(1 << 20, 0);
+  constexpr std::uint64_t kSegment = 2 << 20;  // no other size is a segment's on a real device
+  const UniqueFd memfd = honest_memfd(kSegment, 0);
   const UniqueFd null = UniqueFd::adopt(::open("/dev/null", O_RDWR | O_CLOEXEC));
   for (const int fd : {memfd.get(), null.get()}) {
     Claim claim = mine.claim();
     claim.kind = RegionKind::cuda_vmm;
-    claim.bytes = 1 << 20;
+    claim.bytes = kSegment;
     claim.pieces.assign(1, {claim.bytes, {}, fd});
     expect_refused(claim, Errc::bad_region,
                    {"wrong/transformer: region 0", "cuMemImportFromShareableHandle"});
