@@ -21,6 +21,7 @@
 #include <cstring>
 #include <system_error>
 
+#include "memory/cast_kernels.hpp"
 #include "memory/copy_kernels.hpp"
 #include "memory/sigbus_guard.hpp"
 
@@ -46,11 +47,25 @@ void copy_run(CopyFunction copy, std::byte* target, const std::byte* source,
   }
 }
 
+// One run of an op, or a part of it that is whole elements.
+void move_run(CopyFunction copy, Cast cast, std::byte* target, const std::byte* source,
+              std::uint64_t bytes) noexcept {
+  if (cast == Cast::none) return copy_run(copy, target, source, bytes);
+  cast_elements(cast, target, source, bytes / target_unit_bytes(cast));
+}
+
 // Whole runs of one innermost loop. Element-sized runs (a transposed tensor) are copied without a
 // call each.
-void copy_runs(CopyFunction copy, std::byte* target, const std::byte* source,
+void copy_runs(CopyFunction copy, Cast cast, std::byte* target, const std::byte* source,
                std::uint64_t run_bytes, std::uint64_t count, std::uint64_t target_stride,
                std::uint64_t source_stride) noexcept {
+  if (cast != Cast::none) {
+    if (run_bytes == target_unit_bytes(cast))
+      return cast_strided(cast, target, source, count, target_stride, source_stride);
+    for (std::uint64_t i = 0; i < count; ++i)
+      move_run(copy, cast, target + i * target_stride, source + i * source_stride, run_bytes);
+    return;
+  }
   switch (run_bytes) {
     case 1:
       return copy_fixed_runs<1>(target, source, count, target_stride, source_stride);
@@ -70,12 +85,13 @@ void copy_runs(CopyFunction copy, std::byte* target, const std::byte* source,
   }
 }
 
-// Copies payload bytes [position, position + bytes) of one op; `bytes` is at least 1 and stays
-// inside the op.
+// Writes target bytes [position, position + bytes) of one op; `bytes` is at least 1 and stays
+// inside the op. With a cast both are whole elements.
 void copy_part(CopyFunction copy, const CopyOp& op, std::uint64_t position,
                std::uint64_t bytes) noexcept {
   if (op.loop_count == 0) {
-    copy_run(copy, op.target + position, op.source + position, bytes);
+    move_run(copy, op.cast, op.target + position, op.source + source_bytes_of(op.cast, position),
+             bytes);
     return;
   }
   std::uint64_t run = position / op.run_bytes;
@@ -96,14 +112,15 @@ void copy_part(CopyFunction copy, const CopyOp& op, std::uint64_t position,
     }
     if (run_offset != 0 || bytes < op.run_bytes) {
       const std::uint64_t part = std::min(bytes, op.run_bytes - run_offset);
-      copy_run(copy, target + run_offset, source + run_offset, part);
+      move_run(copy, op.cast, target + run_offset, source + source_bytes_of(op.cast, run_offset),
+               part);
       bytes -= part;
       run_offset = 0;
       ++run;
       continue;
     }
     const std::uint64_t runs = std::min(inner.count - inner_index, bytes / op.run_bytes);
-    copy_runs(copy, target, source, op.run_bytes, runs, inner.target_stride_bytes,
+    copy_runs(copy, op.cast, target, source, op.run_bytes, runs, inner.target_stride_bytes,
               inner.source_stride_bytes);
     bytes -= runs * op.run_bytes;
     run += runs;
@@ -127,7 +144,7 @@ bool span_covers(std::uintptr_t base, std::uint64_t bytes, std::uintptr_t addres
 bool covers_current_op(const void* context, std::uintptr_t address) noexcept {
   const auto* current = static_cast<const CurrentOp*>(context);
   const CopyOp& op = current->ops[current->index.load(std::memory_order_relaxed)];
-  std::uint64_t source_bytes = op.run_bytes;
+  std::uint64_t source_bytes = op.source_run_bytes();
   std::uint64_t target_bytes = op.run_bytes;
   for (std::uint32_t i = 0; i < op.loop_count; ++i) {
     const CopyOp::Loop& loop = op.loops[i];
@@ -152,7 +169,10 @@ void copy_from(CopyFunction copy, CurrentOp& current, std::uint32_t index, std::
   }
 }
 
-void check_loops(const CopyOp& op) { REFIT_ASSERT(op.loop_count <= CopyOp::kDimsMax); }
+void check_op(const CopyOp& op) {
+  REFIT_ASSERT(op.loop_count <= CopyOp::kDimsMax);
+  REFIT_ASSERT(op.run_bytes % target_unit_bytes(op.cast) == 0);
+}
 
 long futex(std::atomic<std::uint32_t>& word, int operation, std::uint32_t value) noexcept {
   static_assert(sizeof(word) == sizeof(std::uint32_t));
@@ -173,7 +193,7 @@ CopyOutcome copy_inline(const CopyOp* ops, std::size_t count) noexcept {
       [](void* context) {
         auto& self = *static_cast<Body*>(context);
         for (std::size_t i = 0; i < self.count; ++i) {
-          check_loops(self.current.ops[i]);
+          check_op(self.current.ops[i]);
           copy_from(copy_bytes, self.current, static_cast<std::uint32_t>(i), 0,
                     self.current.ops[i].bytes());
         }
@@ -193,6 +213,7 @@ void CopyJob::prepare(const CopyOp* ops, std::size_t count, std::uint64_t chunk_
   ops_ = ops;
   chunks_.clear();
   bytes_ = 0;
+  casts_ = std::any_of(ops, ops + count, [](const CopyOp& op) { return op.cast != Cast::none; });
   Chunk open{0, 0, 0};
   std::uint64_t open_cost = 0;
   const auto close = [&] {
@@ -202,8 +223,9 @@ void CopyJob::prepare(const CopyOp* ops, std::size_t count, std::uint64_t chunk_
   };
   for (std::size_t i = 0; i < count; ++i) {
     const CopyOp& op = ops[i];
-    check_loops(op);
+    check_op(op);
     const std::uint64_t total = op.bytes();
+    const std::uint64_t unit = target_unit_bytes(op.cast);
     bytes_ += total;
     std::uint64_t position = 0;
     while (position < total) {
@@ -218,6 +240,7 @@ void CopyJob::prepare(const CopyOp* ops, std::size_t count, std::uint64_t chunk_
           const std::uint64_t end = reinterpret_cast<std::uintptr_t>(op.target) + position + take;
           take -= std::min(take, end % kTargetPage);
         }
+        take -= take % unit;
         take = std::min(take, total - position);
         // Rather a somewhat longer chunk than a scrap.
         if (total - position - take < chunk_bytes / 8) take = total - position;
@@ -234,7 +257,7 @@ void CopyJob::prepare(const CopyOp* ops, std::size_t count, std::uint64_t chunk_
         // With nothing in the chunk there is always room for a page or a run, unless chunks are
         // smaller than a page.
         if (open.bytes == 0) {
-          take = std::min(chunk_bytes, total - position);
+          take = std::min(std::max(chunk_bytes - chunk_bytes % unit, unit), total - position);
           cost = take;
         } else {
           close();
@@ -275,7 +298,8 @@ CopyOutcome CopyJob::work(KernelTrial& trial) noexcept {
           if (index >= job.chunks_.size()) return;
           const Chunk& chunk = job.chunks_[index];
           bool timed = false;
-          const CopyKernel& kernel = self.trial->next(chunk.bytes, timed);
+          const CopyKernel& kernel =
+              job.casts_ ? self.trial->chosen() : self.trial->next(chunk.bytes, timed);
           const auto start = timed ? Clock::now() : Clock::time_point{};
           copy_from(kernel.copy, *self.current, chunk.op, chunk.position, chunk.bytes);
           if (!timed) continue;

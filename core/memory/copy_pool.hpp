@@ -15,15 +15,17 @@
 #include <thread>
 #include <vector>
 
+#include "memory/cast.hpp"
 #include "memory/kernel_trial.hpp"
 #include "posix/heartbeat.hpp"
 #include "refit/result.hpp"
 
 namespace refit {
 
-/// `run_bytes` contiguous bytes, repeated over up to `kDimsMax` loops, outermost first. A
-/// contiguous copy has no loops. Source and target must not overlap, nor may the targets of one
-/// job.
+/// `run_bytes` contiguous bytes of the target, repeated over up to `kDimsMax` loops, outermost
+/// first. A contiguous copy has no loops. Source and target must not overlap, nor may the targets
+/// of one job. With a cast every run is whole elements, and a run of the source has
+/// source_run_bytes().
 struct CopyOp {
   static constexpr std::size_t kDimsMax = 8;
   struct Loop {
@@ -35,13 +37,18 @@ struct CopyOp {
   std::byte* target = nullptr;
   std::uint64_t run_bytes = 0;
   std::uint32_t loop_count = 0;
+  Cast cast = Cast::none;
   std::array<Loop, kDimsMax> loops{};
 
+  [[nodiscard]] std::uint64_t source_run_bytes() const noexcept {
+    return source_bytes_of(cast, run_bytes);
+  }
   [[nodiscard]] std::uint64_t run_count() const noexcept {
     std::uint64_t runs = 1;
     for (std::uint32_t i = 0; i < loop_count; ++i) runs *= loops[i].count;
     return runs;
   }
+  /// Of the target.
   [[nodiscard]] std::uint64_t bytes() const noexcept { return run_bytes * run_count(); }
 };
 
@@ -90,7 +97,7 @@ class CopyJob {
  private:
   friend class CopyPool;
 
-  // Payload bytes [position, position + bytes) of the ops from `op` on, counted from the start of
+  // Target bytes [position, position + bytes) of the ops from `op` on, counted from the start of
   // that op, run by run.
   struct Chunk {
     std::uint32_t op;
@@ -104,6 +111,7 @@ class CopyJob {
   const CopyOp* ops_ = nullptr;
   std::vector<Chunk> chunks_;
   std::uint64_t bytes_ = 0;
+  bool casts_ = false;  // its chunks say nothing about how fast the copy kernels are
   Done done_ = nullptr;
   void* done_context_ = nullptr;
 

@@ -202,9 +202,11 @@ class Compiler {
     bool fits = true;
     for (Routes route = first; route != last; ++route) {
       const TensorSpec& tensor = from(*route);
-      if (tensor.dtype == to.dtype) continue;
+      if (cast_between(tensor.dtype, to.dtype)) continue;
       report(to, "source " + describe(tensor, source_.label()) +
-                     " has another dtype, and there are no casts yet");
+                     " has another dtype, and no cast leads from " +
+                     std::string(dtype_name(tensor.dtype)) + " to " +
+                     std::string(dtype_name(to.dtype)));
       fits = false;
     }
     pieces_.clear();
@@ -408,7 +410,9 @@ class Compiler {
     const TensorSpec& to = target_.tensors()[target];
     const TensorSpec& tensor = source_.tensors()[piece.source];
     const std::uint64_t element = element_bytes(to.dtype);
+    const std::uint64_t source_element = element_bytes(tensor.dtype);
     Copy copy;
+    copy.cast = *cast_between(tensor.dtype, to.dtype);
     copy.source_region = tensor.region;
     copy.target_region = to.region;
     copy.source_offset = tensor.offset_bytes;
@@ -421,11 +425,11 @@ class Compiler {
       const std::uint64_t source_begin = tensor.box_offset[d] + (d == 0 ? piece.first_row : 0);
       const std::uint64_t source_skip = piece.box.begin[d] - source_begin;
       const std::uint64_t target_skip = piece.box.begin[d] - to.box_offset[d];
-      if (source_skip > 0) copy.source_offset += source_skip * tensor.strides[d] * element;
+      if (source_skip > 0) copy.source_offset += source_skip * tensor.strides[d] * source_element;
       if (target_skip > 0) copy.target_offset += target_skip * to.strides[d] * element;
       const std::uint64_t extent = piece.box.end[d] - piece.box.begin[d];
       if (extent > 1) {
-        loops[count++] = {extent, tensor.strides[d] * element, to.strides[d] * element};
+        loops[count++] = {extent, tensor.strides[d] * source_element, to.strides[d] * element};
       }
     }
     // Walking the target in address order makes runs out of any permutation that both sides share.
@@ -435,7 +439,7 @@ class Compiler {
     copy.run_bytes = element;
     for (std::size_t i = count; i-- > 0;) {
       const Copy::Loop& loop = loops[i];
-      if (copy.loop_count == 0 && loop.source_stride_bytes == copy.run_bytes &&
+      if (copy.loop_count == 0 && loop.source_stride_bytes == copy.source_run_bytes() &&
           loop.target_stride_bytes == copy.run_bytes) {
         copy.run_bytes *= loop.count;
         continue;
@@ -454,6 +458,7 @@ class Compiler {
     }
     std::reverse(copy.loops.begin(), copy.loops.begin() + copy.loop_count);
     touch(target, piece.source, copy);
+    if (copy.cast != Cast::none) plan_.casts.push_back({piece.source, target});
     plan_.copies.push_back(copy);
     if (to.layer_buffer == kNoLayerBuffer) return;
     copy.target_offset += to.layer_offset_bytes - to.offset_bytes;
@@ -462,7 +467,7 @@ class Compiler {
   }
 
   void touch(std::uint32_t target, std::uint32_t source, const Copy& copy) {
-    std::uint64_t read = copy.run_bytes;
+    std::uint64_t read = copy.source_run_bytes();
     std::uint64_t written = copy.run_bytes;
     for (std::uint32_t i = 0; i < copy.loop_count; ++i) {
       read += (copy.loops[i].count - 1) * copy.loops[i].source_stride_bytes;
@@ -512,9 +517,9 @@ class Compiler {
     for (const Copy& copy : copies) {
       if (kept > 0) {
         Copy& last = copies[kept - 1];
-        if (last.loop_count == 0 && copy.loop_count == 0 &&
+        if (last.loop_count == 0 && copy.loop_count == 0 && last.cast == copy.cast &&
             last.source_region == copy.source_region && last.target_region == copy.target_region &&
-            last.source_offset + last.run_bytes == copy.source_offset &&
+            last.source_offset + last.source_run_bytes() == copy.source_offset &&
             last.target_offset + last.run_bytes == copy.target_offset) {
           last.run_bytes += copy.run_bytes;
           continue;

@@ -4,6 +4,7 @@
 #include <optional>
 
 #include "digest/digest.hpp"
+#include "plan/text.hpp"
 #include "test_point.hpp"
 
 namespace refit::daemon {
@@ -25,7 +26,7 @@ void leave_first_tensor_out(BoundPlan& bound) {
     bound.ops.erase(bound.ops.begin());
     return;
   }
-  op.source += skipped;
+  op.source += source_bytes_of(op.cast, skipped);
   op.target += skipped;
   op.run_bytes -= skipped;
 }
@@ -65,6 +66,24 @@ bool has_device_pool(const Registration& target) {
     if (target.manifest->regions()[i].pool && on_device(target.regions[i])) return true;
   }
   return false;
+}
+
+/// Casts are the CPU's, which reaches no device memory. One line for each target that would need
+/// one there.
+std::vector<std::string> device_casts(const BoundPlan& bound, int pools) {
+  std::vector<std::string> found;
+  for (const Plan::TensorCast& cast : bound.plan.casts) {
+    const TensorSpec& from = bound.source->manifest->tensors()[cast.source];
+    const TensorSpec& to = bound.target->manifest->tensors()[cast.target];
+    if (!on_device(bound.source->regions[from.region]) &&
+        !on_device(bound.target->regions[to.region]) &&
+        (to.layer_buffer == kNoLayerBuffer || pools == kHostMemory))
+      continue;
+    found.push_back("target " + describe(to, bound.target->manifest->label()) + ": source " +
+                    describe(from, bound.source->manifest->label()) + " has another dtype");
+  }
+  std::sort(found.begin(), found.end());
+  return found;
 }
 
 void bind_layers(BoundPlan& bound) {
@@ -116,6 +135,7 @@ CopyOp op_of(const BoundPlan& bound, const Copy& copy, std::byte* target) {
   op.target = target;
   op.run_bytes = copy.run_bytes;
   op.loop_count = copy.loop_count;
+  op.cast = copy.cast;
   for (std::uint32_t i = 0; i < copy.loop_count; ++i) {
     op.loops[i] = {copy.loops[i].count, copy.loops[i].source_stride_bytes,
                    copy.loops[i].target_stride_bytes};
@@ -153,6 +173,11 @@ Result<void> BoundPlan::connect(DeviceAccess& access) {
         {op_of(*this, copy, to.data() + copy.target_offset), from.place(), to.place()});
   }
   REFIT_TRY_ASSIGN(const int pools, place_of_pools(*target));
+  if (auto casts = device_casts(*this, pools); !casts.empty()) {
+    return fail(Errc::unsupported,
+                "tensors are cast between host memories only; give both sides of these one dtype",
+                std::move(casts));
+  }
   std::vector<std::vector<DeviceOp>> wanted_layers;
   for (const LayerCopies& layer : layers) {
     std::vector<DeviceOp> ops_of_layer;

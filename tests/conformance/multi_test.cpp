@@ -110,7 +110,7 @@ TEST_P(Refit, OneEngineThatIsNotReadyKeepsAllOfThemOld) {
 TEST_P(Refit, MismatchesOfEveryTargetAreListedAndNothingIsWritten) {
   Fleet fleet;
   fleet.fill(1);
-  Model odd_dit("transformer", {{"scale", DType::float16, {}}, {"only.here", DType::float32, {3}}});
+  Model odd_dit("transformer", {{"scale", DType::int32, {}}, {"only.here", DType::float32, {3}}});
   Model odd_vae("vae", {{"a", DType::float32, {34}}});
   Trainer trainer = make_trainer(fleet.source_dit);
   must(trainer.register_module(fleet.source_vae.spec(), soon()));

@@ -11,6 +11,7 @@
 #include <map>
 
 #include "conformance/refit_fixture.hpp"
+#include "support/cast_by_definition.hpp"
 #include "support/offloaded_model.hpp"
 
 namespace refit::test {
@@ -103,6 +104,34 @@ TEST_P(Offload, RefitWritesHostAndDeviceAndNothingElse) {
   EXPECT_EQ(all.tensors, host.tensors);
   EXPECT_EQ(all.device, device.device);
   EXPECT_EQ(all.absent, device.absent);
+}
+
+// Goal: a cast reaches both places of a layer. Method: a trainer that has float32 alone, and what
+// its elements become. Where a device is involved it is refused.
+TEST_P(Offload, CastsIntoBothPlaces) {
+  std::vector<TensorShape> tensors = layered_tensors(kLayers);
+  Model expected("transformer", tensors);
+  for (TensorShape& tensor : tensors) tensor.dtype = DType::float32;
+  Model source("transformer", tensors);
+  source.fill(2);
+  Trainer trainer = make_trainer(source);
+  Engine sut = make_offloaded(target_);
+  target_.fetch(1);
+  target_.fetch(4);
+  const auto report = trainer.refit(kWhole, soon());
+  if (GetParam() != MemoryKind::host) {
+    EXPECT_EQ(code_of(report), Errc::unsupported) << text_of(report);
+    EXPECT_TRUE(one_detail_has(report, {"layers.1.h", "torch.bfloat16", "torch.float32"}))
+        << text_of(report);
+    return;
+  }
+  must(report);
+  must(sut.poll(soon()));
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    const Cast cast = *cast_between(DType::float32, layered_tensors(kLayers)[i].dtype);
+    cast_by_definition(cast, expected.data(i), source.data(i), expected.bytes(i));
+  }
+  EXPECT_TRUE(target_.holds_exactly(expected));
 }
 
 // Goal: a selection writes both places of what it names and leaves the rest of a layer alone.

@@ -3,6 +3,7 @@
 // See refit_fixture.hpp for how the suite is built.
 
 #include "conformance/refit_fixture.hpp"
+#include "support/cast_by_definition.hpp"
 
 namespace refit::test {
 namespace {
@@ -93,6 +94,55 @@ TEST_P(Refit, FollowsStridesOnEitherSide) {
                 0)
           << row << ", " << column;
     }
+  }
+}
+
+/// One tensor for each cast, with an odd number of elements and neighbours that need none.
+std::vector<TensorShape> cast_tensors(bool of_the_source) {
+  std::vector<TensorShape> tensors{{"same", DType::float32, {33}}};
+#define REFIT_X(from, to)                                                                    \
+  tensors.push_back({#from "_to_" #to, of_the_source ? DType::from : DType::to, {5, 3001}}); \
+  tensors.push_back({#from "_to_" #to ".beside", DType::uint8, {3}});
+  REFIT_CAST_TABLE(REFIT_X)
+#undef REFIT_X
+  return tensors;
+}
+
+// Goal: a target of another dtype gets its own dtype's values, the digest is of those, and bytes
+// beside it are whole. Method: random bits, NaN among them, against casts element by element. Where
+// a device is involved it is refused.
+TEST_P(Refit, CastsToTheDtypeOfTheTarget) {
+  Model source("transformer", cast_tensors(true));
+  Model target("transformer", cast_tensors(false));
+  Model expected("transformer", cast_tensors(false));
+  Trainer trainer = make_trainer(source);
+  Engine engine = make_engine("flux", target);
+  Engine other = make_engine("other", expected);
+  const WaitingEngine waiting(engine);
+  for (std::uint64_t step = 1; step <= 2; ++step) {
+    source.fill(step);
+    const auto report = trainer.refit(kTransformer, soon());
+    if (GetParam() != MemoryKind::host) {
+      EXPECT_EQ(code_of(report), Errc::unsupported) << text_of(report);
+      EXPECT_TRUE(
+          one_detail_has(report, {"float32_to_bfloat16", "flux/transformer", "torch.bfloat16",
+                                  "torch.float32", "trainer/transformer"}))
+          << text_of(report);
+      EXPECT_EQ(waiting.events(), 0);
+      continue;
+    }
+    ASSERT_TRUE(report) << report.error().to_string();
+    std::uint64_t bytes = 0;
+    for (std::size_t i = 0; i < expected.names().size(); ++i) {
+      const Cast cast = *cast_between(cast_tensors(true)[i].dtype, cast_tensors(false)[i].dtype);
+      cast_by_definition(cast, expected.data(i), source.data(i), expected.bytes(i));
+      bytes += expected.bytes(i);
+    }
+    expected.upload();
+    EXPECT_TRUE(target.equals(expected)) << step;
+    EXPECT_EQ(digests("flux", "transformer"), digests("other", "transformer"));
+    EXPECT_EQ(report->bytes, bytes);
+    EXPECT_EQ(report->tensors, expected.names().size());
   }
 }
 

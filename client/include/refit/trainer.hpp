@@ -52,7 +52,7 @@ struct Phases {
 struct RefitReport {
   TransactionId transaction;
   std::uint64_t version = 0;  ///< the highest of the targets' new versions
-  std::uint64_t bytes = 0;
+  std::uint64_t bytes = 0;    ///< of the targets, whatever a cast reads
   std::uint32_t tensors = 0;
   Guarantee guarantee = Guarantee::atomic;
   Phases phases;
@@ -76,8 +76,8 @@ class REFIT_API Trainer {
   [[nodiscard]] Result<void> register_module(const ModuleSpec& module, Deadline deadline);
   [[nodiscard]] Result<void> unregister_module(const std::string& module, Deadline deadline);
 
-  /// Makes every selected tensor of the target hold this trainer's bytes, all or nothing.
-  ///
+  /// Makes every selected tensor of the target hold this trainer's values, all or nothing. Where it
+  /// is of another dtype they are cast, among float32, bfloat16 and float16 in host memory only.
   /// @return The new version and the phases; Errc::manifest_mismatch with the complete list of what
   /// does not fit,
   ///         no_such_engine, no_such_module, permission, engine_not_ready, poisoned, quota,

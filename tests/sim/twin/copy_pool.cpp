@@ -98,6 +98,7 @@ void CopyJob::prepare(const CopyOp* ops, std::size_t count, std::uint64_t) {
   chunks_.clear();
   bytes_ = 0;
   for (std::size_t i = 0; i < count; ++i) {
+    REFIT_ASSERT(ops[i].cast == Cast::none);  // Its models have one dtype.
     chunks_.push_back({static_cast<std::uint32_t>(i), 0, ops[i].bytes()});
     bytes_ += ops[i].bytes();
   }

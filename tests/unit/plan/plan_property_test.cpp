@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <iterator>
 #include <limits>
 #include <random>
 #include <string>
@@ -12,6 +13,7 @@
 
 #include "plan/plan.hpp"
 #include "plan_support.hpp"
+#include "support/cast_by_definition.hpp"
 
 namespace refit::daemon {
 namespace {
@@ -100,12 +102,14 @@ Scenario random_scenario(Dice& dice) {
     scenario.source_regions.push_back(region(0, kTrainerInode + i));
     scenario.target_regions.push_back(region(0, kEngineInode + i));
   }
-  constexpr DType kDtypes[] = {DType::uint8, DType::bfloat16, DType::float32, DType::int64};
+  constexpr DType kDtypes[] = {DType::uint8, DType::bfloat16, DType::float16, DType::float32,
+                               DType::int64};
+  constexpr std::size_t kDtypeCount = std::size(kDtypes);
   for (std::uint64_t t = 0, count = dice.roll(1, 5); t < count; ++t) {
     const std::string name = "t" + std::to_string(t);
     Dims global(dice.roll(0, 4));
     for (std::uint64_t& extent : global) extent = dice.chance(12) ? 0 : dice.roll(1, 6);
-    TensorSpec to = tensor(name, global, 0, kDtypes[dice.roll(0, 3)]);
+    TensorSpec to = tensor(name, global, 0, kDtypes[dice.roll(0, kDtypeCount - 1)]);
     to.global_shape = global;
     to.box_offset.assign(global.size(), 0);
     for (std::size_t d = 0; d < global.size(); ++d) {
@@ -132,6 +136,8 @@ Scenario random_scenario(Dice& dice) {
                                  boxes[shard].extent, 0, to.dtype);
         from.global_shape = part_shape;
         from.box_offset = boxes[shard].begin;
+        const DType other = kDtypes[dice.roll(0, kDtypeCount - 1)];
+        if (cast_between(other, to.dtype)) from.dtype = other;
         place(dice, from, scenario.source_regions, true);
         scenario.source.push_back(from);
       }
@@ -197,8 +203,9 @@ void reference(const Manifest& source, const Manifest& target, const Memory& fro
         if (global < out.box_offset[d] || global >= out.box_offset[d] + out.shape[d]) return;
         local[d] = global - out.box_offset[d];
       }
-      std::memcpy(to.at(out.region).data() + address(out, local),
-                  from.at(in.region).data() + address(in, index), element_bytes(in.dtype));
+      test::cast_by_definition(
+          *cast_between(in.dtype, out.dtype), to.at(out.region).data() + address(out, local),
+          from.at(in.region).data() + address(in, index), element_bytes(out.dtype));
     });
   }
 }
@@ -217,6 +224,8 @@ TEST(PlanProperty, ExecutedPlanEqualsTheElementwiseReference) {
   // Random shapes, boxes, fusions, shards, permuted, padded and expanded layouts on both sides.
   std::size_t strided_copies = 0;
   std::size_t merged = 0;
+  std::size_t casts = 0;
+  std::size_t merged_casts = 0;
   for (std::uint64_t seed = 0; seed < 2'000; ++seed) {
     SCOPED_TRACE("seed " + std::to_string(seed));
     Dice dice(seed);
@@ -241,6 +250,8 @@ TEST(PlanProperty, ExecutedPlanEqualsTheElementwiseReference) {
     for (const Copy& copy : sut->copies) {
       bytes += copy.bytes();
       if (copy.loop_count > 0) ++strided_copies;
+      if (copy.cast != Cast::none) ++casts;
+      if (copy.cast != Cast::none && copy.run_bytes > target_unit_bytes(copy.cast)) ++merged_casts;
       for (std::uint32_t i = 0; i + 1 < copy.loop_count; ++i) {
         EXPECT_GT(copy.loops[i].target_stride_bytes, copy.loops[i + 1].target_stride_bytes)
             << "loops are outermost first";
@@ -258,6 +269,8 @@ TEST(PlanProperty, ExecutedPlanEqualsTheElementwiseReference) {
   }
   EXPECT_GT(strided_copies, 1'000U);
   EXPECT_GT(merged, 100U);
+  EXPECT_GT(casts, 1'000U);
+  EXPECT_GT(merged_casts, 200U);
 }
 
 TEST(PlanProperty, SelectionWritesTheSelectedTensorsAndNothingElse) {
@@ -300,6 +313,7 @@ TEST(PlanProperty, SelectionWritesTheSelectedTensorsAndNothingElse) {
 TEST(PlanProperty, LostOrDoubledShardIsRefusedExactlyIfItMatters) {
   // Goal: coverage is exact. Method: drop or double one random shard; the plan must be refused if
   // the shard brings an element to its target's box, or was the last of its part or target.
+  constexpr std::uint8_t kMark = 0x3c;  // A number that no cast makes zero.
   std::size_t refused = 0;
   for (std::uint64_t seed = 0; seed < 2'000; ++seed) {
     SCOPED_TRACE("seed " + std::to_string(seed));
@@ -320,11 +334,11 @@ TEST(PlanProperty, LostOrDoubledShardIsRefusedExactlyIfItMatters) {
     // Other tensors may not share the victim's bytes: layouts of a region never overlap.
     for_each_index(spec.shape, [&](const Dims& index) {
       std::fill_n(from[spec.region].begin() + static_cast<std::ptrdiff_t>(address(spec, index)),
-                  element_bytes(spec.dtype), std::uint8_t{1});
+                  element_bytes(spec.dtype), kMark);
     });
     reference(*before, *target, from, to);
     bool matters = std::any_of(to.begin(), to.end(), [](const std::vector<std::uint8_t>& bytes) {
-      return std::find(bytes.begin(), bytes.end(), 1) != bytes.end();
+      return std::any_of(bytes.begin(), bytes.end(), [](std::uint8_t byte) { return byte != 0; });
     });
     if (doubled) {
       TensorSpec twin = scenario.source[victim];
@@ -382,7 +396,8 @@ TEST(PlanProperty, RandomHostileManifestsNeverBreakAnything) {
       TensorSpec spec;
       const std::size_t count = dice.roll(0, 3);
       spec.name = std::string(1, static_cast<char>('a' + dice.roll(0, 2)));
-      spec.dtype = dice.chance(2) ? DType::uint8 : DType::float32;
+      constexpr DType kDtypes[] = {DType::uint8, DType::float32, DType::float16};
+      spec.dtype = kDtypes[dice.roll(0, 2)];
       spec.shape = dims(count);
       if (dice.chance(2)) spec.strides = dims(count);
       if (dice.chance(3)) {
@@ -407,7 +422,7 @@ TEST(PlanProperty, RandomHostileManifestsNeverBreakAnything) {
         spec.global_shape = like.global_shape;
         spec.box_offset = like.box_offset;
         spec.strides = dice.chance(2) ? Dims{} : dims(like.shape.size());
-        spec.dtype = like.dtype;
+        if (dice.chance(2) || !cast_between(spec.dtype, like.dtype)) spec.dtype = like.dtype;
         spec.name = like.name;
       }
       spec.name += std::to_string(i);
@@ -435,7 +450,7 @@ TEST(PlanProperty, RandomHostileManifestsNeverBreakAnything) {
     ++granted;
     std::uint64_t bytes = 0;
     for (const Copy& copy : sut->copies) {
-      Wide source_end = Wide{copy.source_offset} + copy.run_bytes;
+      Wide source_end = Wide{copy.source_offset} + copy.source_run_bytes();
       Wide target_end = Wide{copy.target_offset} + copy.run_bytes;
       for (std::uint32_t i = 0; i < copy.loop_count; ++i) {
         source_end += Wide{copy.loops[i].count - 1} * copy.loops[i].source_stride_bytes;

@@ -16,6 +16,7 @@
 
 #include "plan/manifest.hpp"
 #include "plan/plan.hpp"
+#include "support/cast_by_definition.hpp"
 
 namespace refit::daemon::testing {
 
@@ -126,7 +127,7 @@ void expect_problems(const Result<T>& result, Errc code,
 
 using Memory = std::vector<std::vector<std::uint8_t>>;  // One buffer for each region.
 
-/// Walks a plan byte run by byte run. Bounds are the vectors' `at` and an explicit check.
+/// Walks a plan run by run. Bounds are the vectors' `at` and an explicit check.
 inline void execute(const Plan& plan, const Memory& source, Memory& target) {
   for (const Copy& copy : plan.copies) {
     std::vector<std::uint64_t> index(copy.loop_count, 0);
@@ -139,9 +140,9 @@ inline void execute(const Plan& plan, const Memory& source, Memory& target) {
       }
       const auto& in = source.at(copy.source_region);
       auto& out = target.at(copy.target_region);
-      ASSERT_LE(from + copy.run_bytes, in.size());
+      ASSERT_LE(from + copy.source_run_bytes(), in.size());
       ASSERT_LE(to + copy.run_bytes, out.size());
-      std::memcpy(out.data() + to, in.data() + from, copy.run_bytes);
+      test::cast_by_definition(copy.cast, out.data() + to, in.data() + from, copy.run_bytes);
       std::uint32_t d = copy.loop_count;
       while (d > 0 && ++index[d - 1] == copy.loops[d - 1].count) index[--d] = 0;
       if (d == 0) break;

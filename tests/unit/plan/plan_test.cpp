@@ -521,17 +521,61 @@ TEST(Plan, UnmatchedTargetsAreNeverAllowed) {
                     "no tensor of trainer/dit maps to it"}});
 }
 
-TEST(Plan, OtherDtypeIsRefusedAndTheMessageSpeaksOfCasts) {
-  expect_mismatch(
-      compile(trainer({tensor("w", {2})}), engine({tensor("w", {2}, 0, DType::bfloat16)})),
-      {{"'w' (torch.bfloat16, (2,)) of engine/transformer",
-        "'w' (torch.float32, (2,)) of trainer/dit", "dtype", "casts"}});
+// Goal: of all pairs of dtypes, those with a cast are granted, and every other one is refused by
+// both names.
+TEST(Plan, OtherDtypeIsCastOrRefused) {
+  constexpr DType kAll[] = {
+#define REFIT_X(name, number, bytes, text) DType::name,
+      REFIT_DTYPE_TABLE(REFIT_X)
+#undef REFIT_X
+  };
+  std::size_t casts = 0;
+  for (const DType from : kAll) {
+    for (const DType to : kAll) {
+      const auto result =
+          compile(trainer({tensor("w", {2}, 0, from)}), engine({tensor("w", {2}, 0, to)}));
+      if (from == to || cast_between(from, to)) {
+        const Plan sut = good(result);
+        ASSERT_EQ(sut.copies.size(), 1U);
+        EXPECT_EQ(sut.copies[0].cast, *cast_between(from, to));
+        EXPECT_EQ(sut.casts.size(), from == to ? 0U : 1U);
+        EXPECT_EQ(sut.copies[0].source_run_bytes(), 2 * element_bytes(from));
+        EXPECT_EQ(sut.bytes, 2 * element_bytes(to));
+        if (from != to) ++casts;
+        continue;
+      }
+      expect_mismatch(result,
+                      {{"'w' (" + std::string(dtype_name(to)) + ", (2,)) of engine/transformer",
+                        "'w' (" + std::string(dtype_name(from)) + ", (2,)) of trainer/dit",
+                        "no cast leads from"}});
+    }
+  }
+  EXPECT_EQ(casts, 6U);
 }
 
-TEST(Plan, DtypeOfTheSameWidthIsStillAnother) {
-  expect_mismatch(compile(trainer({tensor("w", {2}, 0, DType::float16)}),
-                          engine({tensor("w", {2}, 0, DType::bfloat16)})),
-                  {{"torch.float16", "torch.bfloat16"}});
+TEST(Plan, CastsOfNeighboursAreOneCopyWhereTheyAreTheSameCast) {
+  const auto bfloat16 = [](std::string name, std::uint64_t offset) {
+    return tensor(std::move(name), {4}, offset, DType::bfloat16);
+  };
+  expect_copies(good(compile(trainer({tensor("a", {4}), tensor("b", {4}, 16)}),
+                             engine({bfloat16("a", 0), bfloat16("b", 8)}))),
+                {{0, 0, 16}});
+  expect_copies(good(compile(trainer({tensor("a", {4}), tensor("b", {4}, 8, DType::bfloat16)}),
+                             engine({bfloat16("a", 0), bfloat16("b", 8)}))),
+                {{0, 0, 8}, {8, 8, 8}});
+}
+
+// Goal: what a cast reads is counted in the source's bytes. Method: memory that both sides have,
+// the target right behind what the source needs, and one byte earlier.
+TEST(Plan, CastThatReadsWhatIsWrittenIsRefused) {
+  const auto with = [](Role role, TensorSpec spec) {
+    return valid(Manifest::validate(role == Role::trainer ? "trainer/dit" : "engine/transformer",
+                                    role, {std::move(spec)}, {region(1 << 20, kTrainerInode)}, {}));
+  };
+  const ManifestPtr source = with(Role::trainer, tensor("w", {4}));
+  EXPECT_TRUE(compile(source, with(Role::engine, tensor("w", {4}, 16, DType::bfloat16))));
+  expect_mismatch(compile(source, with(Role::engine, tensor("w", {4}, 15, DType::bfloat16))),
+                  {{"is the same memory"}});
 }
 
 TEST(Plan, OtherShapeIsRefused) {
