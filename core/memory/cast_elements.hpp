@@ -20,7 +20,7 @@ namespace refit::cast {
 /// `a` where the condition holds, else `b`; written so that no compiler makes a jump of it.
 REFIT_HOST_DEVICE constexpr std::uint32_t select(bool condition, std::uint32_t a,
                                                  std::uint32_t b) noexcept {
-  return b ^ ((a ^ b) & (0U - std::uint32_t{condition}));
+  return b ^ ((a ^ b) & (0U - static_cast<std::uint32_t>(condition)));
 }
 
 REFIT_HOST_DEVICE constexpr std::uint16_t float32_to_bfloat16(std::uint32_t bits) noexcept {
@@ -51,13 +51,13 @@ REFIT_HOST_DEVICE constexpr std::uint16_t float32_to_float16(std::uint32_t bits)
 }
 
 REFIT_HOST_DEVICE constexpr std::uint32_t bfloat16_to_float32(std::uint16_t bits) noexcept {
-  const std::uint32_t wide = std::uint32_t{bits} << 16;
+  const std::uint32_t wide = static_cast<std::uint32_t>(bits) << 16;
   return wide | select((wide & 0x7fffffffU) > 0x7f800000U, 0x00400000U, 0U);
 }
 
 REFIT_HOST_DEVICE constexpr std::uint32_t float16_to_float32(std::uint16_t bits) noexcept {
   const std::uint32_t magnitude = bits & 0x7fffU;
-  const std::uint32_t sign = (std::uint32_t{bits} & 0x8000U) << 16;
+  const std::uint32_t sign = (static_cast<std::uint32_t>(bits) & 0x8000U) << 16;
   const std::uint32_t normal = (magnitude << 13) + 0x38000000U;
   const std::uint32_t special =
       (magnitude << 13) | 0x7f800000U | select(magnitude > 0x7c00U, 0x00400000U, 0U);

@@ -1,6 +1,9 @@
 #include "server/end_comparer.hpp"
 
 #include <algorithm>
+#include <array>
+
+#include "memory/cast_kernels.hpp"
 
 namespace refit::daemon {
 namespace {
@@ -13,7 +16,7 @@ bool in_blocks(const CopyOp& op, Take&& take) {
   CopyOp block = op;
   if (op.loop_count == 0) {
     for (std::uint64_t at = 0; at < op.run_bytes; at += kBlockBytes) {
-      block.source = op.source + at;
+      block.source = op.source + source_bytes_of(op.cast, at);
       block.target = op.target + at;
       block.run_bytes = std::min(kBlockBytes, op.run_bytes - at);
       if (!take(block)) return false;
@@ -52,7 +55,8 @@ bool in_blocks(const CopyOp& op, Take&& take) {
 }
 
 /// The bytes of a block at one of its ends, as a tensor of bytes.
-void describe(TensorSpec& bytes, const CopyOp& block, std::uint64_t CopyOp::Loop::*stride) {
+void describe(TensorSpec& bytes, const CopyOp& block, std::uint64_t run_bytes,
+              std::uint64_t CopyOp::Loop::*stride) {
   bytes.dtype = DType::uint8;
   bytes.shape.clear();
   bytes.strides.clear();
@@ -60,8 +64,24 @@ void describe(TensorSpec& bytes, const CopyOp& block, std::uint64_t CopyOp::Loop
     bytes.shape.push_back(block.loops[i].count);
     bytes.strides.push_back(block.loops[i].*stride);
   }
-  bytes.shape.push_back(block.run_bytes);
+  bytes.shape.push_back(run_bytes);
   bytes.strides.push_back(1);
+}
+
+/// Feeds what a copy makes of the source's bytes.
+void update_with_written(Hasher& hasher, Cast cast, const TensorView& source) {
+  if (cast == Cast::none) return update_with_elements(hasher, source);
+  std::array<std::byte, 2048> made;  // short enough to stay in the caches
+  ElementReader reader;
+  reader.begin(source);
+  for (auto piece = reader.next(); !piece.empty();) {
+    const std::size_t count =
+        std::min(piece.size() / source_unit_bytes(cast), made.size() / target_unit_bytes(cast));
+    cast_elements(cast, made.data(), piece.data(), count);
+    hasher.update(std::span(made.data(), count * target_unit_bytes(cast)));
+    piece = piece.subspan(count * source_unit_bytes(cast));
+    if (piece.empty()) piece = reader.next();
+  }
 }
 
 }  // namespace
@@ -91,12 +111,12 @@ EndComparer::Answer EndComparer::compare(const BoundPlan& plan,
 
 EndComparer::Answer EndComparer::compare_block(const CopyOp& block, const MappedRegion& source,
                                                const MappedRegion& target) {
-  describe(source_.bytes, block, &CopyOp::Loop::source_stride_bytes);
-  describe(target_.bytes, block, &CopyOp::Loop::target_stride_bytes);
+  describe(source_.bytes, block, block.source_run_bytes(), &CopyOp::Loop::source_stride_bytes);
+  describe(target_.bytes, block, block.run_bytes, &CopyOp::Loop::target_stride_bytes);
   if (!fetch(source_, source, block.source) || !fetch(target_, target, block.target))
     return Answer::unreadable;
-  const bool read = run_guarded(ranges_.data(), ranges_.size(), [this] {
-    update_with_elements(source_.hasher, {&source_.bytes, source_.data});
+  const bool read = run_guarded(ranges_.data(), ranges_.size(), [&] {
+    update_with_written(source_.hasher, block.cast, {&source_.bytes, source_.data});
     update_with_elements(target_.hasher, {&target_.bytes, target_.data});
   });
   if (!read) {

@@ -29,10 +29,9 @@ Result<std::shared_ptr<const Expected>> Expected::of(const BoundPlan& plan,
   }
   if (!unknown.empty()) {
     std::sort(unknown.begin(), unknown.end());
-    return fail(Errc::manifest_mismatch,
-                "expected digests of tensors that the refit does not write: " +
-                    std::to_string(unknown.size()),
-                std::move(unknown));
+    const std::string what = "expected digests of tensors that the refit does not write: " +
+                             std::to_string(unknown.size());
+    return fail(Errc::manifest_mismatch, what, std::move(unknown));
   }
   expected->complete = expected->tensors.size() == written.size();
   return expected;
