@@ -236,7 +236,7 @@ TEST(HostileRun, ThousandsOfRandomMessagesHurtNobodyElse) {
     EXPECT_GT(sut.sessions_lost(), 10) << "hardly anything was refused: the run shows nothing";
   }
   bystander.goes_on();
-  EXPECT_TRUE(eventually([&] { return count_fds(daemon.pid()) == fds_before; }))
+  EXPECT_TRUE(eventually([&] { return count_fds(daemon.pid()) <= fds_before; }))
       << count_fds(daemon.pid()) << " fds instead of " << fds_before;
 }
 
