@@ -15,6 +15,9 @@
 #include <filesystem>
 #include <fstream>
 #include <thread>
+#include <utility>
+
+#include "support/eventually.hpp"
 
 namespace refit::test {
 namespace {
@@ -115,6 +118,16 @@ std::size_t count_maps(pid_t pid) {
   std::size_t count = 0;
   for (std::string line; std::getline(maps, line);) ++count;
   return count;
+}
+
+std::size_t settled_fds(pid_t pid) {
+  std::size_t fds = 0;
+  EXPECT_TRUE(eventually([&] {
+    const std::size_t before = std::exchange(fds, count_fds(pid));
+    std::this_thread::sleep_for(std::chrono::milliseconds(100));
+    return fds == before && fds == count_fds(pid);
+  }));
+  return fds;
 }
 
 }  // namespace refit::test

@@ -57,5 +57,8 @@ class DaemonProcess {
 /// Number of open fds, and lines of /proc/PID/maps, of a process: what a leak shows in.
 std::size_t count_fds(pid_t pid);
 std::size_t count_maps(pid_t pid);
+/// The fds once there are as many for a while: a daemon closes those of a client that went, and of
+/// its own start, some time later.
+std::size_t settled_fds(pid_t pid);
 
 }  // namespace refit::test
