@@ -7,144 +7,123 @@
 namespace refit::test {
 namespace {
 
-/// Of the only module.
-std::optional<std::uint64_t> proven_version(Observer& observer) {
-  return must(observer.status(Deadline::in(std::chrono::seconds(20)))).modules.at(0).proven_version;
+/// A trainer, an engine that waits in its gate, and somebody who looks.
+class Proof : public Refit {
+ protected:
+  explicit Proof(const DaemonOptions& how = {}) : Refit(how) {}
+  void SetUp() override { start(small_tensors(), small_tensors()); }
+  void start(const std::vector<TensorShape>& source, const std::vector<TensorShape>& target) {
+    source_.emplace("transformer", source);
+    target_.emplace("transformer", target);
+    source_->fill(1);
+    trainer_.emplace(make_trainer(*source_));
+    engine_.emplace(make_engine("flux", *target_));
+    observer_.emplace(make_observer());
+    waiting_.emplace(*engine_);
+  }
+
+  [[nodiscard]] std::optional<std::uint64_t> proven_version() {
+    return must(observer_->status(soon())).modules.at(0).proven_version;
+  }
+  /// So far, or after a while.
+  [[nodiscard]] bool reaches(std::uint64_t version) {
+    return eventually([&] { return proven_version() == version; });
+  }
+  [[nodiscard]] ProofCounts proofs() { return must(observer_->metrics(soon())).proofs; }
+  /// The digests of what the engine holds.
+  [[nodiscard]] std::vector<NamedDigest> live_digests() {
+    return must(observer_->digest({"flux", "transformer", DigestKind::raw}, soon())).tensors;
+  }
+
+  std::optional<Model> source_, target_;
+  std::optional<Trainer> trainer_;
+  std::optional<Engine> engine_;
+  std::optional<Observer> observer_;
+  std::optional<WaitingEngine> waiting_;
+};
+
+TEST_P(Proof, ProofReachesTheCommittedVersion) {
+  EXPECT_EQ(proven_version(), std::nullopt);
+  for (int step = 0; step < 20; ++step) must(trainer_->refit({"flux", "transformer"}, soon()));
+  EXPECT_TRUE(reaches(20));
+  EXPECT_GE(proofs().equal, 1U);
+  EXPECT_EQ(proofs().different, 0U);
+  EXPECT_EQ(proofs().unreadable, 0U);
 }
 
-TEST_P(Refit, ProofReachesTheCommittedVersion) {
-  Model source("transformer", small_tensors());
-  Model target("transformer", small_tensors());
-  source.fill(1);
-  Trainer trainer = make_trainer(source);
-  Engine engine = make_engine("flux", target);
-  Observer observer = make_observer();
-  const WaitingEngine waiting(engine);
-  EXPECT_EQ(proven_version(observer), std::nullopt);
-  for (int step = 0; step < 20; ++step) must(trainer.refit({"flux", "transformer"}, soon()));
-  EXPECT_TRUE(eventually([&] { return proven_version(observer) == 20; }));
-  const DaemonMetrics metrics = must(observer.metrics(soon()));
-  EXPECT_GE(metrics.proofs.equal, 1U);
-  EXPECT_EQ(metrics.proofs.different, 0U);
-  EXPECT_EQ(metrics.proofs.unreadable, 0U);
+TEST_P(Proof, RefitOfSomeTensorsIsProvenOnTopOfAProvenVersionAlone) {
+  must(trainer_->refit({"flux", "transformer", "", {"scale"}}, soon()));
+  must(trainer_->refit({"flux", "transformer", "", {"counter"}}, soon()));
+  ASSERT_TRUE(eventually([&] { return proofs().equal >= 1; }));
+  EXPECT_EQ(proven_version(), std::nullopt) << "of the other tensors nothing is known";
+  must(trainer_->refit({"flux", "transformer"}, soon()));
+  ASSERT_TRUE(reaches(3));
+  must(trainer_->refit({"flux", "transformer", "", {"scale"}}, soon()));
+  EXPECT_TRUE(reaches(4));
 }
 
-TEST_P(Refit, RefitOfSomeTensorsIsProvenOnTopOfAProvenVersionAlone) {
-  Model source("transformer", small_tensors());
-  Model target("transformer", small_tensors());
-  source.fill(1);
-  Trainer trainer = make_trainer(source);
-  Engine engine = make_engine("flux", target);
-  Observer observer = make_observer();
-  const WaitingEngine waiting(engine);
-  const auto proofs = [&] { return must(observer.metrics(soon())).proofs.equal; };
-  must(trainer.refit({"flux", "transformer", "", {"scale"}}, soon()));
-  must(trainer.refit({"flux", "transformer", "", {"counter"}}, soon()));
-  ASSERT_TRUE(eventually([&] { return proofs() >= 1; }));
-  EXPECT_EQ(proven_version(observer), std::nullopt) << "of the other tensors nothing is known";
-  must(trainer.refit({"flux", "transformer"}, soon()));
-  ASSERT_TRUE(eventually([&] { return proven_version(observer) == 3; }));
-  must(trainer.refit({"flux", "transformer", "", {"scale"}}, soon()));
-  EXPECT_TRUE(eventually([&] { return proven_version(observer) == 4; }));
-}
-
-TEST_P(Refit, CheckSaysHowFarTheProofIs) {
-  Model source("transformer", small_tensors());
-  Model target("transformer", small_tensors());
-  source.fill(1);
-  Trainer trainer = make_trainer(source);
-  Engine engine = make_engine("flux", target);
-  Observer observer = make_observer();
-  const WaitingEngine waiting(engine);
-  must(trainer.refit({"flux", "transformer"}, soon()));
-  ASSERT_TRUE(eventually([&] { return proven_version(observer) == 1; }));
-  const DigestReport live = must(observer.digest({"flux", "transformer", DigestKind::raw}, soon()));
-  const CheckRequest of_one{"flux", "transformer", DigestKind::raw, {live.tensors.front()}};
-  const CheckReport report = must(observer.check(of_one, soon()));
+TEST_P(Proof, CheckSaysHowFarTheProofIs) {
+  must(trainer_->refit({"flux", "transformer"}, soon()));
+  ASSERT_TRUE(reaches(1));
+  const CheckRequest of_one{"flux", "transformer", DigestKind::raw, {live_digests().front()}};
+  const CheckReport report = must(observer_->check(of_one, soon()));
   EXPECT_EQ(report.version, 1U);
   EXPECT_EQ(report.proven_version, 1U);
 }
 
-TEST_P(Refit, CastIsProvenByWhatItMakes) {
+class ProofOfACast : public Proof {
+ protected:
+  void SetUp() override {
+    start({{"down", DType::float32, {3, 1111}}, {"up", DType::bfloat16, {77}}},
+          {{"down", DType::bfloat16, {3, 1111}}, {"up", DType::float32, {77}}});
+  }
+};
+
+TEST_P(ProofOfACast, IsOfWhatTheCastMakes) {
   if (GetParam() != MemoryKind::host) return;  // device memory is not cast
-  Model source("transformer", {{"down", DType::float32, {3, 1111}}, {"up", DType::bfloat16, {77}}});
-  Model target("transformer", {{"down", DType::bfloat16, {3, 1111}}, {"up", DType::float32, {77}}});
-  source.fill(1);
-  Trainer trainer = make_trainer(source);
-  Engine engine = make_engine("flux", target);
-  Observer observer = make_observer();
-  const WaitingEngine waiting(engine);
-  must(trainer.refit({"flux", "transformer"}, soon()));
-  EXPECT_TRUE(eventually([&] { return proven_version(observer) == 1; }));
+  must(trainer_->refit({"flux", "transformer"}, soon()));
+  EXPECT_TRUE(reaches(1));
 }
 
-/// The digests of what `model` holds.
-std::vector<NamedDigest> digests_of(Observer& observer, const std::string& engine) {
-  return must(observer.digest({engine, "transformer", DigestKind::raw},
-                              Deadline::in(std::chrono::seconds(20))))
-      .tensors;
-}
-
-TEST_P(Refit, DigestsThatCameWithTheRefitProveIt) {
-  Model source("transformer", small_tensors());
-  Model target("transformer", small_tensors());
-  source.fill(1);
-  Trainer trainer = make_trainer(source);
-  Engine engine = make_engine("flux", target);
-  Observer observer = make_observer();
-  const WaitingEngine waiting(engine);
-  must(trainer.refit({"flux", "transformer"}, soon()));
+TEST_P(Proof, DigestsThatCameWithTheRefitProveIt) {
+  must(trainer_->refit({"flux", "transformer"}, soon()));
   RefitTarget wanted{"flux", "transformer"};
-  wanted.expected = digests_of(observer, "flux");
+  wanted.expected = live_digests();
   wanted.expected_kind = DigestKind::raw;
-  must(trainer.refit(wanted, soon()));
-  EXPECT_TRUE(eventually([&] { return proven_version(observer) == 2; }));
+  must(trainer_->refit(wanted, soon()));
+  EXPECT_TRUE(reaches(2));
   // Of a part: the rest is compared.
   wanted.expected.resize(1);
-  must(trainer.refit(wanted, soon()));
-  EXPECT_TRUE(eventually([&] { return proven_version(observer) == 3; }));
-  EXPECT_EQ(must(observer.metrics(soon())).proofs.refuted, 0U);
+  must(trainer_->refit(wanted, soon()));
+  EXPECT_TRUE(reaches(3));
+  EXPECT_EQ(proofs().refuted, 0U);
 }
 
-TEST_P(Refit, BytesThatTheDigestsRefutePoisonTheModule) {
-  Model source("transformer", small_tensors());
-  Model target("transformer", small_tensors());
-  source.fill(1);
-  Trainer trainer = make_trainer(source);
-  Engine engine = make_engine("flux", target);
-  Observer observer = make_observer();
-  const WaitingEngine waiting(engine);
-  must(trainer.refit({"flux", "transformer"}, soon()));
+TEST_P(Proof, BytesThatTheDigestsRefutePoisonTheModule) {
+  must(trainer_->refit({"flux", "transformer"}, soon()));
   RefitTarget wanted{"flux", "transformer"};
-  wanted.expected = digests_of(observer, "flux");
+  wanted.expected = live_digests();
   wanted.expected_kind = DigestKind::raw;
   wanted.expected[2].second.bytes[7] ^= 1;
-  must(trainer.refit(wanted, soon()));
-  EXPECT_TRUE(eventually([&] { return engine.state("transformer") == ModuleState::poisoned; }));
-  EXPECT_FALSE(engine.step_allowed());
-  EXPECT_EQ(must(observer.metrics(soon())).proofs.refuted, 1U);
+  must(trainer_->refit(wanted, soon()));
+  EXPECT_TRUE(eventually([&] { return engine_->state("transformer") == ModuleState::poisoned; }));
+  EXPECT_FALSE(engine_->step_allowed());
+  EXPECT_EQ(proofs().refuted, 1U);
   // Another refit of all of it makes it whole.
-  must(trainer.refit({"flux", "transformer"}, soon()));
-  EXPECT_TRUE(eventually([&] { return engine.step_allowed(); }));
-  EXPECT_TRUE(eventually([&] { return proven_version(observer) == 3; }));
+  must(trainer_->refit({"flux", "transformer"}, soon()));
+  EXPECT_TRUE(eventually([&] { return engine_->step_allowed(); }));
+  EXPECT_TRUE(reaches(3));
 }
 
-TEST_P(Refit, ExpectedDigestsThatMakeNoSenseAreRefused) {
-  Model source("transformer", small_tensors());
-  Model target("transformer", small_tensors());
-  source.fill(1);
-  Trainer trainer = make_trainer(source);
-  Engine engine = make_engine("flux", target);
-  Observer observer = make_observer();
-  const WaitingEngine waiting(engine);
-  const std::vector<NamedDigest> live = digests_of(observer, "flux");
+TEST_P(Proof, ExpectedDigestsThatMakeNoSenseAreRefused) {
+  const std::vector<NamedDigest> live = live_digests();
   const auto refused = [&](const RefitTarget& wanted) {
-    const auto report = trainer.refit(wanted, soon());
+    const auto report = trainer_->refit(wanted, soon());
     return report ? Errc::ok : report.error().code;
   };
   RefitTarget wanted{"flux", "transformer", "", {"scale"}};
   wanted.expected = {{"counter", live.front().second}, {"nobody", live.front().second}};
-  const auto report = trainer.refit(wanted, soon());
+  const auto report = trainer_->refit(wanted, soon());
   ASSERT_FALSE(report);
   EXPECT_EQ(report.error().code, Errc::manifest_mismatch);
   EXPECT_EQ(report.error().details.size(), 2U);
@@ -156,50 +135,40 @@ TEST_P(Refit, ExpectedDigestsThatMakeNoSenseAreRefused) {
   wanted.expected_kind = DigestKind::raw;
   wanted.expected.front().second.length = 16;
   EXPECT_EQ(refused(wanted), Errc::bad_argument);
-  EXPECT_EQ(engine.version("transformer"), 0U);
+  EXPECT_EQ(engine_->version("transformer"), 0U);
 }
 
-class SkippedTensor : public Refit {
+class SkippedTensor : public Proof {
  protected:
-  SkippedTensor() : Refit({true, "copy.skip_tensor=skip", {}, {}}) {}
+  SkippedTensor() : Proof({true, "copy.skip_tensor=skip", {}, {}}) {}
 };
 
 TEST_P(SkippedTensor, TensorThatWasLeftOutIsNotProven) {
   if (GetParam() != MemoryKind::host) return;  // the point is in copies on the host
-  Model source("transformer", small_tensors());
-  Model target("transformer", small_tensors());
-  source.fill(1);
-  Trainer trainer = make_trainer(source);
-  Engine engine = make_engine("flux", target);
-  Observer observer = make_observer();
-  const WaitingEngine waiting(engine);
-  must(trainer.refit({"flux", "transformer"}, soon()));
-  EXPECT_TRUE(eventually([&] { return must(observer.metrics(soon())).proofs.different == 1; }));
-  EXPECT_EQ(proven_version(observer), std::nullopt);
+  must(trainer_->refit({"flux", "transformer"}, soon()));
+  EXPECT_TRUE(eventually([&] { return proofs().different == 1; }));
+  EXPECT_EQ(proven_version(), std::nullopt);
 }
 
-class Unproven : public Refit {
+class Unproven : public Proof {
  protected:
-  Unproven() : Refit({false, {}, {"--proof-threads", "0"}, {}}) {}
+  Unproven() : Proof({false, {}, {"--proof-threads", "0"}, {}}) {}
 };
 
 TEST_P(Unproven, NothingIsProvenWithoutThreads) {
-  Model source("transformer", small_tensors());
-  Model target("transformer", small_tensors());
-  source.fill(1);
-  Trainer trainer = make_trainer(source);
-  Engine engine = make_engine("flux", target);
-  Observer observer = make_observer();
-  const WaitingEngine waiting(engine);
-  must(trainer.refit({"flux", "transformer"}, soon()));
-  must(observer.digest({"flux", "transformer", DigestKind::raw}, soon()));
-  const ProofCounts proofs = must(observer.metrics(soon())).proofs;
-  EXPECT_EQ(proofs.equal + proofs.different + proofs.overtaken + proofs.unreadable, 0U);
-  EXPECT_EQ(proven_version(observer), std::nullopt);
+  must(trainer_->refit({"flux", "transformer"}, soon()));
+  must(observer_->digest({"flux", "transformer", DigestKind::raw}, soon()));
+  const ProofCounts found = proofs();
+  EXPECT_EQ(found.equal + found.different + found.overtaken + found.unreadable, 0U);
+  EXPECT_EQ(proven_version(), std::nullopt);
 }
 
 }  // namespace
 
+INSTANTIATE_TEST_SUITE_P(Memory, Proof, ::testing::ValuesIn(memory_kinds()),
+                         [](const auto& kind) { return name_of(kind.param); });
+INSTANTIATE_TEST_SUITE_P(Memory, ProofOfACast, ::testing::ValuesIn(memory_kinds()),
+                         [](const auto& kind) { return name_of(kind.param); });
 INSTANTIATE_TEST_SUITE_P(Memory, SkippedTensor, ::testing::ValuesIn(memory_kinds()),
                          [](const auto& kind) { return name_of(kind.param); });
 INSTANTIATE_TEST_SUITE_P(Memory, Unproven, ::testing::ValuesIn(memory_kinds()),
