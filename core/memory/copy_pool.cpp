@@ -98,18 +98,7 @@ void copy_part(CopyFunction copy, const CopyOp& op, std::uint64_t position,
   std::uint64_t run_offset = position % op.run_bytes;
   const CopyOp::Loop& inner = op.loops[op.loop_count - 1];
   while (bytes > 0) {
-    std::byte* target = op.target;
-    const std::byte* source = op.source;
-    std::uint64_t rest = run;
-    std::uint64_t inner_index = 0;
-    for (std::uint32_t i = op.loop_count; i-- > 0;) {
-      const CopyOp::Loop& loop = op.loops[i];
-      const std::uint64_t index = rest % loop.count;
-      rest /= loop.count;
-      if (i == op.loop_count - 1) inner_index = index;
-      target += index * loop.target_stride_bytes;
-      source += index * loop.source_stride_bytes;
-    }
+    const auto [source, target] = op.ends_of(run, op.loop_count);
     if (run_offset != 0 || bytes < op.run_bytes) {
       const std::uint64_t part = std::min(bytes, op.run_bytes - run_offset);
       move_run(copy, op.cast, target + run_offset, source + source_bytes_of(op.cast, run_offset),
@@ -119,7 +108,7 @@ void copy_part(CopyFunction copy, const CopyOp& op, std::uint64_t position,
       ++run;
       continue;
     }
-    const std::uint64_t runs = std::min(inner.count - inner_index, bytes / op.run_bytes);
+    const std::uint64_t runs = std::min(inner.count - run % inner.count, bytes / op.run_bytes);
     copy_runs(copy, op.cast, target, source, op.run_bytes, runs, inner.target_stride_bytes,
               inner.source_stride_bytes);
     bytes -= runs * op.run_bytes;

@@ -48,6 +48,21 @@ struct CopyOp {
     for (std::uint32_t i = 0; i < loop_count; ++i) runs *= loops[i].count;
     return runs;
   }
+  struct Ends {
+    const std::byte* source;
+    std::byte* target;
+  };
+  /// Where turn `turn` of the outermost `outer` loops, counted as one, begins.
+  [[nodiscard]] Ends ends_of(std::uint64_t turn, std::uint32_t outer) const noexcept {
+    Ends ends{source, target};
+    for (std::uint32_t i = outer; i-- > 0;) {
+      const std::uint64_t index = turn % loops[i].count;
+      turn /= loops[i].count;
+      ends.source += index * loops[i].source_stride_bytes;
+      ends.target += index * loops[i].target_stride_bytes;
+    }
+    return ends;
+  }
   /// Of the target.
   [[nodiscard]] std::uint64_t bytes() const noexcept { return run_bytes * run_count(); }
 };

@@ -35,15 +35,7 @@ bool in_blocks(const CopyOp& op, Take&& take) {
   std::uint64_t outer_turns = 1;
   for (std::uint32_t i = 0; i < first; ++i) outer_turns *= op.loops[i].count;
   for (std::uint64_t outer = 0; outer < outer_turns; ++outer) {
-    const std::byte* source = op.source;
-    std::byte* target = op.target;
-    std::uint64_t rest = outer;
-    for (std::uint32_t i = first; i-- > 0;) {
-      const std::uint64_t index = rest % op.loops[i].count;
-      rest /= op.loops[i].count;
-      source += index * op.loops[i].source_stride_bytes;
-      target += index * op.loops[i].target_stride_bytes;
-    }
+    const auto [source, target] = op.ends_of(outer, first);
     for (std::uint64_t turn = 0; turn < cut.count; turn += turns_max) {
       block.source = source + turn * cut.source_stride_bytes;
       block.target = target + turn * cut.target_stride_bytes;

@@ -38,17 +38,9 @@ void for_each_piece(const CopyOp& op, Piece&& piece) {
   const std::uint64_t step =
       std::max((op.run_bytes / pieces + 7) / 8 * 8, std::min(op.run_bytes, kPieceBytesMin));
   for (std::uint64_t run = 0; run < runs; ++run) {
-    std::uint64_t from = 0;
-    std::uint64_t to = 0;
-    std::uint64_t rest = run;
-    for (std::uint32_t i = op.loop_count; i-- > 0;) {
-      const std::uint64_t at = rest % op.loops[i].count;
-      rest /= op.loops[i].count;
-      from += at * op.loops[i].source_stride_bytes;
-      to += at * op.loops[i].target_stride_bytes;
-    }
+    const auto [source, target] = op.ends_of(run, op.loop_count);
     for (std::uint64_t done = 0; done < op.run_bytes; done += step) {
-      piece(op.target + to + done, op.source + from + done, std::min(step, op.run_bytes - done));
+      piece(target + done, source + done, std::min(step, op.run_bytes - done));
     }
   }
 }
