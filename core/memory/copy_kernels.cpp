@@ -32,8 +32,6 @@ void copy_memcpy(void* target, const void* source, std::size_t bytes) noexcept {
 
 #if defined(__x86_64__)
 
-constexpr std::size_t kLineBytes = 64;
-
 void copy_rep_movsb(void* target, const void* source, std::size_t bytes) noexcept {
   asm volatile("rep movsb" : "+D"(target), "+S"(source), "+c"(bytes) : : "memory");
 }
@@ -41,8 +39,7 @@ void copy_rep_movsb(void* target, const void* source, std::size_t bytes) noexcep
 // Copies up to the target's next line boundary, of `bytes` that reach further, and moves all three
 // on.
 void copy_head(std::byte*& to, const std::byte*& from, std::size_t& bytes) noexcept {
-  const std::size_t head =
-      (kLineBytes - reinterpret_cast<std::uintptr_t>(to) % kLineBytes) % kLineBytes;
+  const std::size_t head = bytes_to_line(to);
   copy_memcpy(to, from, head);
   to += head;
   from += head;

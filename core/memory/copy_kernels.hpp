@@ -24,6 +24,13 @@ struct CopyKernel {
 /// neighbours, and the stream is too short to save the read for ownership.
 inline constexpr std::size_t kNonTemporalBytesMin = 4096;
 
+inline constexpr std::size_t kLineBytes = 64;  ///< of a cache
+
+/// From `address` to the next start of a cache line; 0 at one.
+[[nodiscard]] inline std::size_t bytes_to_line(const void* address) noexcept {
+  return (kLineBytes - reinterpret_cast<std::uintptr_t>(address) % kLineBytes) % kLineBytes;
+}
+
 /// Every kernel: memcpy, rep_movsb, and with avx2 and avx512 one stream of non-temporal stores, one
 /// with prefetch, and four pages at once. Static storage, `count` entries.
 [[nodiscard]] const CopyKernel* copy_kernels(std::size_t* count) noexcept;
