@@ -6,11 +6,9 @@
 // (scripts/gpu-check records it), and each answer but wrong bytes is a right one: segments by fd
 // must be refitted, with or without a fence, and legacy memory may be refused.
 
-#include <fcntl.h>
 #include <grp.h>
 #include <sys/prctl.h>
 #include <sys/stat.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include <csignal>
@@ -20,6 +18,7 @@
 #include "conformance/refit_fixture.hpp"
 #include "support/cuda/driver.hpp"
 #include "support/line_reader.hpp"
+#include "support/started_anew.hpp"
 
 namespace refit::test {
 namespace {
@@ -73,41 +72,22 @@ constexpr const char* kSocket = "REFIT_TEST_CUDA_SOCKET";
   std::_Exit(0);
 }
 
-/// Started as the running test, whose SetUp() lets it be that; gone when the object is. (A fork
-/// alone will not do: no driver survives one.)
+/// Started as the running test, whose SetUp() lets it be that.
 class Stranger {
  public:
-  explicit Stranger(const std::string& socket) {
-    int pipe[2] = {-1, -1};
-    EXPECT_EQ(::pipe2(pipe, O_CLOEXEC), 0);
-    const auto* const test = ::testing::UnitTest::GetInstance()->current_test_info();
-    std::string program = "stranger";
-    std::string filter =
-        std::string("--gtest_filter=") + test->test_suite_name() + "." + test->name();
-    const std::string number = std::to_string(pipe[1]);
-    pid_ = ::fork();
-    if (pid_ == 0) {
-      ::prctl(PR_SET_PDEATHSIG, SIGKILL);
-      ::fcntl(pipe[1], F_SETFD, 0);
-      ::setenv(kMark, number.c_str(), 1);
-      ::setenv(kSocket, socket.c_str(), 1);
-      char* argv[] = {program.data(), filter.data(), nullptr};
-      ::execv("/proc/self/exe", argv);
-      ::_exit(127);
-    }
-    ::close(pipe[1]);
-    from_.adopt(pipe[0]);
+  explicit Stranger(const std::string& socket)
+      : process_(kMark, {{kSocket, socket}}, {"--gtest_filter=" + name_of_this_test()}) {
+    from_.adopt(process_.from.release());
   }
-  ~Stranger() {
-    ::kill(pid_, SIGKILL);
-    ::waitpid(pid_, nullptr, 0);
-  }
-  Stranger(const Stranger&) = delete;
-  Stranger& operator=(const Stranger&) = delete;
   std::string hear() { return from_.next(); }
 
  private:
-  pid_t pid_ = -1;
+  static std::string name_of_this_test() {
+    const auto* const test = ::testing::UnitTest::GetInstance()->current_test_info();
+    return std::string(test->test_suite_name()) + "." + test->name();
+  }
+
+  StartedAnew process_;
   LineReader from_;
 };
 

@@ -1,12 +1,8 @@
 #include "support/cuda/exporter.hpp"
 
-#include <fcntl.h>
 #include <gtest/gtest.h>
-#include <sys/prctl.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
-#include <csignal>
 #include <cstdlib>
 #include <string>
 
@@ -53,25 +49,10 @@ void export_until_told() {
   for (;;) ::pause();
 }
 
-CudaExporter::CudaExporter() {
-  int pipe[2] = {-1, -1};
-  EXPECT_EQ(::pipe2(pipe, O_CLOEXEC), 0);
-  const std::string number = std::to_string(pipe[1]);
-  pid_ = ::fork();
-  if (pid_ == 0) {
-    ::prctl(PR_SET_PDEATHSIG, SIGKILL);
-    ::fcntl(pipe[1], F_SETFD, 0);
-    ::setenv(kMark, number.c_str(), 1);
-    ::setenv("FAKECUDA_SCHEDULE", "lazy", 1);
-    char name[] = "cuda_exporter";
-    char* argv[] = {name, nullptr};
-    ::execv("/proc/self/exe", argv);
-    ::_exit(127);
-  }
-  ::close(pipe[1]);
-  from_ = pipe[0];
+CudaExporter::CudaExporter() : process_(kMark, {{"FAKECUDA_SCHEDULE", "lazy"}}) {
   Message message;
-  EXPECT_EQ(::read(from_, &message, sizeof message), static_cast<ssize_t>(sizeof message));
+  EXPECT_EQ(::read(process_.from.get(), &message, sizeof message),
+            static_cast<ssize_t>(sizeof message));
   event_ = message.event;
   exported_.device = message.device;
   exported_.bytes = message.bytes;
@@ -79,19 +60,6 @@ CudaExporter::CudaExporter() {
   piece.bytes = message.bytes;
   piece.handle = message.handle;
   piece.allocation_id = message.allocation;
-}
-
-void CudaExporter::stop_now() const {
-  ::kill(pid_, SIGSTOP);
-  ::waitpid(pid_, nullptr, WUNTRACED);
-}
-
-void CudaExporter::kill_now() {
-  if (pid_ <= 0) return;
-  ::kill(pid_, SIGKILL);
-  ::waitpid(pid_, nullptr, 0);
-  ::close(from_);
-  pid_ = -1;
 }
 
 }  // namespace refit::test

@@ -5,30 +5,25 @@
 // export_until_told() in it. One thread.
 #pragma once
 
-#include <sys/types.h>
-
 #include "memory/exported.hpp"
+#include "support/started_anew.hpp"
 
 namespace refit::test {
 
 class CudaExporter {
  public:
   CudaExporter();
-  ~CudaExporter() { kill_now(); }
-  CudaExporter(const CudaExporter&) = delete;
-  CudaExporter& operator=(const CudaExporter&) = delete;
 
   /// As the process exported it.
   [[nodiscard]] const Exported& exported() const noexcept { return exported_; }
   /// Behind work on it that is queued, and not begun unless somebody waits for it.
   [[nodiscard]] const IpcHandle& event() const noexcept { return event_; }
   /// Stops the process: what is queued is never done.
-  void stop_now() const;
-  void kill_now();
+  void stop_now() const { process_.stop_now(); }
+  void kill_now() { process_.kill_now(); }
 
  private:
-  pid_t pid_ = -1;
-  int from_ = -1;
+  StartedAnew process_;
   Exported exported_;
   IpcHandle event_{};
 };
