@@ -392,6 +392,15 @@ TEST(CopyPool, FaultIsReportedWithItsOpAndThePoolGoesOn) {
   }
 }
 
+CopyOutcome outcome_of(CopyPool& pool, const CopyOp& op) {
+  CopyJob job;
+  Completion completion;
+  job.on_done(Completion::done, &completion);
+  job.prepare(&op, 1, 4096);
+  pool.submit(job);
+  return completion.wait_for(1);
+}
+
 TEST(CopyPool, FaultInAStridedOpIsReported) {
   ASSERT_TRUE(install_sigbus_handler());
   const auto sut = pool_of(2);
@@ -403,12 +412,7 @@ TEST(CopyPool, FaultInAStridedOpIsReported) {
   op.run_bytes = 100;
   op.loop_count = 1;
   op.loops[0] = {1024, 1024, 100};
-  CopyJob job;
-  Completion completion;
-  job.on_done(Completion::done, &completion);
-  job.prepare(&op, 1, 4096);
-  sut->submit(job);
-  EXPECT_EQ(completion.wait_for(1).status, CopyStatus::faulted);
+  EXPECT_EQ(outcome_of(*sut, op).status, CopyStatus::faulted);
 }
 
 // Goal: the source of a cast is guarded as far as it is read. Method: float32 whose second half is
@@ -424,12 +428,7 @@ TEST(CopyPool, FaultInTheSourceOfACastIsReported) {
   op.run_bytes = target.size();
   op.cast = Cast::float32_to_bfloat16;
   EXPECT_EQ(copy_inline(&op, 1).status, CopyStatus::faulted);
-  CopyJob job;
-  Completion completion;
-  job.on_done(Completion::done, &completion);
-  job.prepare(&op, 1, 4096);
-  sut->submit(job);
-  EXPECT_EQ(completion.wait_for(1).status, CopyStatus::faulted);
+  EXPECT_EQ(outcome_of(*sut, op).status, CopyStatus::faulted);
 }
 
 TEST(CopyPool, DestructionFinishesWhatWasSubmitted) {
