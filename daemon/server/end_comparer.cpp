@@ -4,6 +4,7 @@
 #include <array>
 
 #include "memory/cast_kernels.hpp"
+#include "server/racing_reads.hpp"
 
 namespace refit::daemon {
 namespace {
@@ -103,6 +104,7 @@ EndComparer::Answer EndComparer::compare(const BoundPlan& plan,
 
 EndComparer::Answer EndComparer::compare_block(const CopyOp& block, const MappedRegion& source,
                                                const MappedRegion& target) {
+  const RacingReads racing;
   describe(source_.bytes, block, block.source_run_bytes(), &CopyOp::Loop::source_stride_bytes);
   describe(target_.bytes, block, block.run_bytes, &CopyOp::Loop::target_stride_bytes);
   if (!fetch(source_, source, block.source) || !fetch(target_, target, block.target))

@@ -10,6 +10,7 @@
 #include "ipc/state_word.hpp"
 #include "log.hpp"
 #include "server/hashing.hpp"
+#include "server/racing_reads.hpp"
 
 namespace refit::daemon {
 namespace {
@@ -176,6 +177,7 @@ ProofResult Prover::hash(const Commit& commit, const std::function<bool()>& stan
                                  [&read](const std::optional<Error>& error) { read = !error; });
   for (std::size_t part = 0; part < job->part_count(); ++part) {
     if (!stands()) return ProofResult::overtaken;
+    const RacingReads racing;
     job->run_part(part);
   }
   job->finished();

@@ -57,7 +57,9 @@ class Prover {
     std::uint64_t version = 0;
     Clock::time_point at;
 
+    /// Whether what was read before was still the commit's.
     [[nodiscard]] bool stands() const noexcept {
+      std::atomic_thread_fence(std::memory_order_acquire);
       return engine->response_region().modules[slot].word.load() == word;
     }
     [[nodiscard]] bool uses(const Registration& registration) const noexcept {

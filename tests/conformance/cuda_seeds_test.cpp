@@ -17,6 +17,7 @@
 #include "conformance/cuda_scenario.hpp"
 #include "support/cuda/driver.hpp"
 #include "support/daemon_process.hpp"
+#include "support/effort.hpp"
 
 namespace refit::test {
 namespace {
@@ -29,7 +30,7 @@ class CudaSeeds : public ::testing::TestWithParam<const char*> {
 
 TEST_P(CudaSeeds, GiveTheRightBytesAndDigests) {
   if (GetParam() != std::string("lazy")) REFIT_FAKE_ONLY("schedules");
-  const std::uint64_t seeds = cuda::Driver::fake() ? REFIT_TEST_SEEDS : 5;
+  const std::uint64_t seeds = cuda::Driver::fake() ? rounds(200) : 5;
   for (std::uint64_t seed = 1; seed <= seeds && !HasFailure(); ++seed) {
     choose_schedule(seed, GetParam());
     DaemonOptions how;
@@ -56,10 +57,11 @@ INSTANTIATE_TEST_SUITE_P(Schedule, CudaSeeds, ::testing::Values("lazy", "eager",
 
 /// How many of the seeds from `first` on leave wrong bytes or digests under `schedule` where the
 /// daemon leaves the wait `name` out; an empty name leaves none out.
-int wrong_seeds(const std::string& socket, const std::string& name, const std::string& schedule,
-                MemoryKind kind, std::uint64_t first, int seeds) {
-  int wrong = 0;
-  for (std::uint64_t seed = first; seed < first + static_cast<std::uint64_t>(seeds); ++seed) {
+unsigned wrong_seeds(const std::string& socket, const std::string& name,
+                     const std::string& schedule, MemoryKind kind, std::uint64_t first,
+                     unsigned seeds) {
+  unsigned wrong = 0;
+  for (std::uint64_t seed = first; seed < first + seeds; ++seed) {
     choose_schedule(seed, schedule);
     DaemonOptions how;
     how.test_build = true;
@@ -69,15 +71,15 @@ int wrong_seeds(const std::string& socket, const std::string& name, const std::s
     {
       DaemonProcess daemon(socket, how);
       const ScenarioOutcome outcome = run_scenario(socket, kind, seed);
-      wrong += outcome.wrong_bytes > 0 || outcome.wrong_digests > 0 ? 1 : 0;
+      wrong += outcome.wrong_bytes > 0 || outcome.wrong_digests > 0 ? 1U : 0U;
     }
     end_of_test();
   }
   return wrong;
 }
 
-constexpr int kRepetitions = 20;
-constexpr int kRealRepetitions = 3;
+constexpr unsigned kRepetitions = 20;
+constexpr unsigned kRealRepetitions = 3;
 
 class CudaFences : public ::testing::TestWithParam<const char*> {
  protected:
@@ -88,12 +90,12 @@ class CudaFences : public ::testing::TestWithParam<const char*> {
 TEST_P(CudaFences, LeftOutShowsAsWrongBytesOrDigestsEveryTime) {
   // Nobody can hold back a device between a copy and its end.
   if (GetParam() == std::string("fence.done")) REFIT_FAKE_ONLY("a copy that ends late");
-  const int repetitions = cuda::Driver::fake() ? kRepetitions : kRealRepetitions;
+  const unsigned repetitions = cuda::Driver::fake() ? rounds(kRepetitions) : kRealRepetitions;
   for (const MemoryKind kind : memory_kinds()) {
-    int wrong = 0;
-    for (int i = 0; i < repetitions; ++i)
+    unsigned wrong = 0;
+    for (unsigned i = 0; i < repetitions; ++i)
       wrong += wrong_seeds(socket_, GetParam(), "lazy", kind, 1, 1);
-    EXPECT_EQ(wrong, *GetParam() == '\0' ? 0 : repetitions) << name_of(kind);
+    EXPECT_EQ(wrong, *GetParam() == '\0' ? 0U : repetitions) << name_of(kind);
   }
 }
 
@@ -114,7 +116,7 @@ TEST_P(CudaFences, DISABLED_Table) {
               *GetParam() == '\0' ? "none" : (std::string("`") + GetParam() + "`").c_str());
   for (const MemoryKind kind : memory_kinds()) {
     for (const char* schedule : {"lazy", "eager", "mixed"})
-      std::printf(" %d |", wrong_seeds(socket_, GetParam(), schedule, kind, 1, kRepetitions));
+      std::printf(" %u |", wrong_seeds(socket_, GetParam(), schedule, kind, 1, kRepetitions));
   }
   std::printf("\n");
   std::fflush(stdout);

@@ -6,6 +6,7 @@
 #include <thread>
 
 #include "conformance/refit_fixture.hpp"
+#include "support/effort.hpp"
 
 namespace refit::test {
 namespace {
@@ -158,7 +159,7 @@ TEST_P(Refit, DisjointEnginesRunInParallel) {
 // Goal: two trainers that refit one engine at once take turns; the engine never holds a mix of
 // both.
 TEST_P(Refit, TwoTrainersOnOneEngineTakeTurns) {
-  constexpr int kRefitsEach = 20;
+  constexpr int kRefitsEach = rounds(20);
   Model first("transformer", large_tensors());
   Model second("transformer", large_tensors());
   Model target("transformer", large_tensors());

@@ -12,6 +12,7 @@
 
 #include "conformance/refit_fixture.hpp"
 #include "support/cast_by_definition.hpp"
+#include "support/effort.hpp"
 #include "support/offloaded_model.hpp"
 
 namespace refit::test {
@@ -215,7 +216,7 @@ TEST_P(Offload, ThousandRefitsUnderPrefetchLeaveBothPlacesRight) {
   std::size_t device_bytes = 0;
   {
     const Prefetcher prefetcher(target_);
-    for (std::uint64_t round = 1; round <= 1'000; ++round) {
+    for (std::uint64_t round = 1; round <= rounds(1'000); ++round) {
       source_.fill(100 + round);
       // On a busy machine a thread may not get on for many rounds.
       const int moves = prefetcher.moves();

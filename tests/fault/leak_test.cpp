@@ -13,11 +13,6 @@ using namespace std::chrono_literals;
 
 class Leak : public DaemonTest {
  protected:
-  /// malloc maps an arena when a thread first needs one, which may be late: two lines for each of
-  /// the daemon's threads. Every test makes more rounds than this, so that one mapping lost in each
-  /// of them still shows.
-  static constexpr std::size_t kAllocatorMaps = 12;
-
   struct Held {
     std::size_t fds = 0;
     std::size_t maps = 0;
@@ -36,12 +31,10 @@ class Leak : public DaemonTest {
   }
   /// Sessions end a moment after their clients: waits for what was there before.
   void expect_back_to(const Held& before) {
-    eventually(
-        [&] { return held().fds <= before.fds && held().maps <= before.maps + kAllocatorMaps; },
-        5s);
+    eventually([&] { return held().fds <= before.fds && held().maps <= before.maps; }, 5s);
     const Held now = held();
     EXPECT_LE(now.fds, before.fds) << fd_list();
-    EXPECT_LE(now.maps, before.maps + kAllocatorMaps);
+    EXPECT_LE(now.maps, before.maps);
   }
 };
 

@@ -116,7 +116,7 @@ std::size_t count_fds(pid_t pid) {
 std::size_t count_maps(pid_t pid) {
   std::ifstream maps("/proc/" + std::to_string(pid) + "/maps");
   std::size_t count = 0;
-  for (std::string line; std::getline(maps, line);) ++count;
+  for (std::string line; std::getline(maps, line);) count += line.find('/') != line.npos ? 1U : 0U;
   return count;
 }
 

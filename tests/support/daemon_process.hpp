@@ -54,7 +54,8 @@ class DaemonProcess {
   pid_t pid_ = -1;
 };
 
-/// Number of open fds, and lines of /proc/PID/maps, of a process: what a leak shows in.
+/// Number of open fds, and of mapped files and memfds, of a process: what a leak shows in. Memory
+/// that is no file's is its allocator's or a sanitizer's, and comes and goes as they like.
 std::size_t count_fds(pid_t pid);
 std::size_t count_maps(pid_t pid);
 /// The fds once there are as many for a while: a daemon closes those of a client that went, and of

@@ -13,6 +13,7 @@
 #include <random>
 
 #include "memory/cuda/device_reader.hpp"
+#include "support/effort.hpp"
 #include "support/eventually.hpp"
 #include "unit/cuda/device_rig.hpp"
 
@@ -552,7 +553,7 @@ bool fenced_copy_is_right() {
 }
 
 void fences() {
-  constexpr unsigned kSeeds = 20;
+  constexpr unsigned kSeeds = refit::test::rounds(20);
   unsigned wrong = 0;
   unsigned total = 0;
   for (const char* schedule : {"lazy", "eager", "mixed", "lazy,eager", "eager,lazy"}) {

@@ -19,6 +19,7 @@
 #include <string>
 #include <vector>
 
+#include "support/effort.hpp"
 #include "unit/cuda/device_copier_scenarios.hpp"
 
 namespace refit::cuda::test {
@@ -101,8 +102,9 @@ TEST(DeviceCopier, CopiesOneByOneBetweenDevicesThatCannotReachEachOther) {
 }
 TEST(DeviceCopier, IsRightWhateverTheOrderOfTheWork) {
   for (const char* schedule : {"lazy", "eager", "mixed"}) {
-    for (const char* seed : {"1", "2", "3"})
-      expect_good("pairs", {{"FAKECUDA_SCHEDULE", schedule}, {"FAKECUDA_SEED", seed}});
+    for (unsigned seed = 1; seed <= refit::test::rounds(3); ++seed)
+      expect_good("pairs",
+                  {{"FAKECUDA_SCHEDULE", schedule}, {"FAKECUDA_SEED", std::to_string(seed)}});
   }
 }
 TEST(DeviceCopier, ExpandsStridesIntoRuns) { expect_good("strides"); }
@@ -123,7 +125,7 @@ TEST(DeviceReader, CopiesTheNextChunkWhileOneIsHandedOut) { expect_good("reader_
 TEST(Fences, InPlaceTheyAreEnoughForEverySeedAndSchedule) {
   const End end = run("fences");
   EXPECT_EQ(end.code, 0) << end.output;
-  EXPECT_TRUE(end.says("wrong 0 of 100")) << end.output;
+  EXPECT_TRUE(end.says("wrong 0 of " + std::to_string(5 * refit::test::rounds(20)))) << end.output;
 }
 TEST(Fences, EachOneLeftOutShowsAsWrongBytes) {
   for (const char* name :

@@ -2,6 +2,7 @@
 
 #include <sys/stat.h>
 
+#include "support/effort.hpp"
 #include "unit/fake_cuda/fixture.hpp"
 #include "unit/fake_cuda/peer.hpp"
 #include "unit/fake_cuda/refit.hpp"
@@ -101,7 +102,7 @@ class FakeRefit : public FakeIpc {
 
 // Goal: a client that waits for everything is right whatever the schedules are.
 TEST_F(FakeRefit, CorrectClientIsAlwaysRight) {
-  constexpr std::uint64_t kSeeds = REFIT_TEST_SEEDS;
+  constexpr std::uint64_t kSeeds = refit::test::rounds(200);
   const std::pair<std::string, std::string> schedules[] = {{"eager", "eager"},
                                                            {"lazy", "lazy"},
                                                            {"mixed", "mixed"},
@@ -120,7 +121,7 @@ TEST_F(FakeRefit, CorrectClientIsAlwaysRight) {
 
 // Goal: whoever forgets a wait reads wrong bytes, every time, if all streams are lazy.
 TEST_F(FakeRefit, EveryMissingWaitShowsEveryTimeWhenAllIsLazy) {
-  constexpr std::uint64_t kSeeds = REFIT_TEST_SEEDS / 4;
+  constexpr std::uint64_t kSeeds = refit::test::rounds(50);
   const Peer sink(Environment{{"FAKECUDA_ROLE", "sink"}});
   for (const Kind kind : {Kind::legacy, Kind::vmm}) {
     for (const Mistake mistake :

@@ -15,6 +15,7 @@
 #include "memory/cast_elements.hpp"
 #include "memory/copy_kernels.hpp"
 #include "support/cast_by_definition.hpp"
+#include "support/effort.hpp"
 
 namespace refit {
 namespace {
@@ -134,11 +135,7 @@ std::vector<std::byte> inputs(Cast cast) {
     }
     return bytes;
   }
-#if defined(REFIT_SANITIZED)
-  constexpr std::uint64_t kStep = 8209;  // A sanitizer's loops are thirty times as slow.
-#else
-  constexpr std::uint64_t kStep = 257;
-#endif
+  constexpr std::uint64_t kStep = test::kSanitized ? 8209 : 257;
   bytes.reserve(4 * ((std::uint64_t{1} << 32) / kStep + 1));
   for (std::uint64_t i = 0; i < std::uint64_t{1} << 32; i += kStep) {
     const auto value = static_cast<std::uint32_t>(i);
