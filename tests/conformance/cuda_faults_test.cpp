@@ -185,7 +185,7 @@ TEST_P(CudaFaults, LeaveTheModuleOldNewOrPoisonedAndTheNextRefitMakesItWhole) {
     // Which functions there are is another question than whether they succeed.
     if (function == "cuGetProcAddress") continue;
     for (std::uint64_t k = 1; k <= count; ++k) {
-      if (!kSanitized || k == 1 || k == count) live(function, k);
+      if (!kSanitized || k == 1) live(function, k);
     }
   }
   // A lot must have been asked of the driver, and some of it in the middle of writing.

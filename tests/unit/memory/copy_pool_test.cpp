@@ -210,12 +210,12 @@ TEST(CopyPool, StridedOps) {
 // odd sizes, runs that are cut inside, and single elements.
 TEST(CopyPool, Casts) {
   const auto sut = pool_of(2);
-  const Buffer source = numbered(8 << 20, 6);
+  const Buffer source = numbered(2 << 20, 6);
   for (std::size_t cast = 1; cast < kCastCount; ++cast) {
     for (const std::size_t to : {0U, 7U}) {
-      Buffer target(4 << 20);
-      CopyOp one = contiguous(source, 5, target, to, 3'000'004);
-      CopyOp rows = strided(source, target, 200'000, {{4, 500'000, 250'001}});
+      Buffer target(1 << 20);
+      CopyOp one = contiguous(source, 5, target, to, 600'004);
+      CopyOp rows = strided(source, target, 40'000, {{4, 100'000, 50'001}});
       CopyOp transposed = strided(source, target, 4, {{100, 8, 1600}, {200, 1600, 8}});
       for (CopyOp* op : {&one, &rows, &transposed}) op->cast = static_cast<Cast>(cast);
       transposed.run_bytes = target_unit_bytes(transposed.cast);
