@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -64,6 +65,9 @@ struct DeviceOp {
   CopyOp copy;
   int source_device = kHostMemory;
   int target_device = kHostMemory;
+  /// The moving buffer that the target is in, if any: it then counts from that buffer's start, and
+  /// DeviceJob::place() says where that is.
+  std::optional<std::uint32_t> part{};
 };
 
 /// How a device job ended.
@@ -81,8 +85,11 @@ class DeviceJob {
  public:
   using Done = void (*)(void* context, DeviceOutcome outcome);
   virtual ~DeviceJob() = default;
-  /// Moves all targets: what was prepared for address 0 is written to `base`. Not while it runs.
-  virtual void set_target_base(std::byte* base) noexcept = 0;
+  /// Where each part begins, from the next run on; one that is null is left out, and so are all
+  /// before the first call. Not while it runs. Allocates nothing.
+  virtual void place(std::span<std::byte* const> bases) noexcept = 0;
+  /// There is nothing to copy with the parts where they are: it need not be submitted.
+  [[nodiscard]] virtual bool idle() const noexcept = 0;
   /// For its next run: what it comes after, null for nothing, and who is told of its end, on a
   /// thread of the devices.
   virtual void arm(const DeviceEvent* source, const DeviceEvent* engine, Done done,

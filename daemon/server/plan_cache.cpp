@@ -86,24 +86,40 @@ std::vector<std::string> device_casts(const BoundPlan& bound, int pools) {
   return found;
 }
 
+/// `copy` is of plan.layer_copies and neither comes from a device nor goes to one.
+bool layer_is_hosts(const BoundPlan& bound, const Copy& copy) {
+  return !on_device(bound.source->regions[copy.source_region]) && !has_device_pool(*bound.target);
+}
+
+/// No address yet: the offset in the layer buffer alone.
+CopyOp layer_op_of(const BoundPlan& bound, const Copy& copy) {
+  // NOLINTNEXTLINE(performance-no-int-to-ptr): it is never followed before settle() adds to it
+  return op_of(bound, copy, reinterpret_cast<std::byte*>(copy.target_offset));
+}
+
 void bind_layers(BoundPlan& bound) {
-  const std::vector<Copy>& copies = bound.plan.layer_copies;
-  bound.layer_ops.reserve(copies.size());
-  for (const Copy& copy : copies) {
+  const std::size_t buffers = bound.target->manifest->layer_buffers().size();
+  bound.residency_words.resize(buffers);
+  bound.layer_bytes.resize(buffers);
+  bound.layer_begins.resize(buffers);
+  for (const Copy& copy : bound.plan.layer_copies) {
+    bound.layer_bytes[copy.target_region] += copy.bytes();
+    if (!layer_is_hosts(bound, copy)) {
+      bound.touches_devices = true;
+      continue;
+    }
     if (bound.layers.empty() || bound.layers.back().buffer != copy.target_region) {
       bound.layers.emplace_back();
       bound.layers.back().buffer = copy.target_region;
       bound.layers.back().first = bound.layer_ops.size();
     }
-    // No address yet: the offset alone, so that chunks are cut where the buffer's pages end.
-    // NOLINTNEXTLINE(performance-no-int-to-ptr): it is never followed before settle() adds to it
-    auto* const offset = reinterpret_cast<std::byte*>(copy.target_offset);
-    bound.layer_ops.push_back(op_of(bound, copy, offset));
+    bound.layer_ops.push_back(layer_op_of(bound, copy));
+    bound.layer_offsets.push_back(copy.target_offset);
     ++bound.layers.back().count;
   }
+  // Chunks are cut where the buffer's pages end.
   for (LayerCopies& layer : bound.layers)
     layer.job.prepare(bound.layer_ops.data() + layer.first, layer.count);
-  bound.residency_words.resize(bound.target->manifest->layer_buffers().size());
 }
 
 void bind(BoundPlan& bound) {
@@ -118,10 +134,6 @@ void bind(BoundPlan& bound) {
     bound.ops.push_back(
         op_of(bound, copy, targets[copy.target_region].data() + copy.target_offset));
   }
-  for (const Copy& copy : bound.plan.layer_copies)
-    bound.touches_devices = bound.touches_devices || on_device(sources[copy.source_region]);
-  bound.touches_devices =
-      bound.touches_devices || (!bound.plan.layer_copies.empty() && has_device_pool(*bound.target));
   bind_layers(bound);
   if (!bound.ops.empty() && test_point("copy.skip_tensor")) leave_first_tensor_out(bound);
   bound.job.prepare(bound.ops.data(), bound.ops.size());
@@ -178,18 +190,14 @@ Result<void> BoundPlan::connect(DeviceAccess& access) {
                 "tensors are cast between host memories only; give both sides of these one dtype",
                 std::move(casts));
   }
-  std::vector<std::vector<DeviceOp>> wanted_layers;
-  for (const LayerCopies& layer : layers) {
-    std::vector<DeviceOp> ops_of_layer;
-    for (std::size_t i = layer.first; i < layer.first + layer.count; ++i) {
-      const std::uint32_t region = plan.layer_copies[i].source_region;
-      require_pinned(*source, region);
-      ops_of_layer.push_back({layer_ops[i], source->regions[region].place(), pools});
+  for (const Copy& copy : plan.layer_copies) {
+    if (layer_is_hosts(*this, copy)) continue;
+    require_pinned(*source, copy.source_region);
+    for (std::uint32_t i = 0; i < target->regions.size(); ++i) {
+      if (target->manifest->regions()[i].pool) require_pinned(*target, i);
     }
-    const auto is_host = [](const DeviceOp& op) { return op.source_device == kHostMemory; };
-    if (pools == kHostMemory && std::all_of(ops_of_layer.begin(), ops_of_layer.end(), is_host))
-      ops_of_layer.clear();
-    wanted_layers.push_back(std::move(ops_of_layer));
+    wanted.push_back({layer_op_of(*this, copy), source->regions[copy.source_region].place(), pools,
+                      copy.target_region});
   }
   if (!unpinned.empty()) {
     std::sort(unpinned.begin(), unpinned.end());
@@ -197,16 +205,9 @@ Result<void> BoundPlan::connect(DeviceAccess& access) {
     return fail(Errc::cuda, "host memory that a device shall copy could not be pinned",
                 std::move(unpinned));
   }
-  const auto prepare = [devices](const std::vector<DeviceOp>& ops_of_job,
-                                 std::unique_ptr<DeviceJob>& made) -> Result<void> {
-    if (!ops_of_job.empty()) {
-      REFIT_TRY_ASSIGN(made, devices->prepare(ops_of_job));
-    }
-    return {};
-  };
-  REFIT_TRY(prepare(wanted, device_job));
-  for (std::size_t i = 0; i < layers.size(); ++i)
-    REFIT_TRY(prepare(wanted_layers[i], layers[i].device_job));
+  if (!wanted.empty()) {
+    REFIT_TRY_ASSIGN(device_job, devices->prepare(wanted));
+  }
   connected = true;
   return {};
 }
@@ -216,16 +217,20 @@ Result<void> BoundPlan::settle(const RequestRegion& engine) {
   for (std::size_t i = 0; i < residency_words.size(); ++i)
     residency_words[i] = engine.residency[target->residency_base + i].load();
   REFIT_TRY(places.read(*target->manifest, residency_words.data()));
-  for (LayerCopies& layer : layers) {
-    const LayerPlace& place = places[layer.buffer];
-    layer.resident = place.resident;
-    if (!place.resident) continue;
-    std::byte* const begin = target->regions[place.region].data() + place.offset;
-    if (layer.device_job != nullptr) layer.device_job->set_target_base(begin);
-    for (std::size_t i = layer.first; i < layer.first + layer.count; ++i)
-      layer_ops[i].target = begin + plan.layer_copies[i].target_offset;
-    device_bytes += layer.job.bytes();
+  for (std::size_t i = 0; i < layer_begins.size(); ++i) {
+    const LayerPlace& place = places[i];
+    layer_begins[i] =
+        place.resident ? target->regions[place.region].data() + place.offset : nullptr;
+    if (place.resident) device_bytes += layer_bytes[i];
   }
+  for (LayerCopies& layer : layers) {
+    std::byte* const begin = layer_begins[layer.buffer];
+    layer.resident = begin != nullptr;
+    if (!layer.resident) continue;
+    for (std::size_t i = layer.first; i < layer.first + layer.count; ++i)
+      layer_ops[i].target = begin + layer_offsets[i];
+  }
+  if (device_job != nullptr) device_job->place(layer_begins);
   return {};
 }
 

@@ -19,14 +19,14 @@
 
 namespace refit::daemon {
 
-/// The copies into the device place of one layer buffer, which begins elsewhere in every gate.
+/// The copies between host memories into the second place of one layer buffer, which begins
+/// elsewhere in every gate.
 struct LayerCopies {
   std::uint32_t buffer = 0;
   std::size_t first = 0;  ///< of BoundPlan::layer_ops
   std::size_t count = 0;
   bool resident = false;  ///< set by settle()
   CopyJob job;
-  std::unique_ptr<DeviceJob> device_job;  ///< instead of `job` where a device is involved
 };
 
 /// A plan with addresses in it. Keeps both registrations mapped while anybody holds it.
@@ -39,17 +39,21 @@ struct BoundPlan {
   /// From host memory to host memory.
   std::vector<CopyOp> ops;
   CopyJob job;
-  /// The rest, once connect() made it; null where there is none.
+  /// The rest, layers' too, once connect() made it; null where there is none.
   std::unique_ptr<DeviceJob> device_job;
   bool touches_devices = false;
 
-  /// Of plan.layer_copies, by the same index; their targets count from the buffer's start until
-  /// settle() has put them where it is.
+  /// From host memory into host memory that stands for a device's. Their targets count from the
+  /// buffer's start until settle() has put them where it is.
   std::vector<CopyOp> layer_ops;
+  std::vector<std::uint64_t> layer_offsets;  ///< of the targets in their buffers, by the same index
   std::deque<LayerCopies> layers;
   LayerPlaces places;
+  // By layer buffer.
   std::vector<std::uint64_t> residency_words;
-  std::uint64_t device_bytes = 0;  ///< of the resident layers; set by settle()
+  std::vector<std::uint64_t> layer_bytes;  ///< that the plan writes of it
+  std::vector<std::byte*> layer_begins;    ///< its second place, null while absent; by settle()
+  std::uint64_t device_bytes = 0;          ///< of the resident layers; set by settle()
   bool connected = false;
 
   BoundPlan(std::shared_ptr<Registration> from, std::shared_ptr<Registration> to)

@@ -561,14 +561,10 @@ void Refits::write(Refit& refit) {
   for (const Target& target : refit.targets) {
     BoundPlan& plan = *target.plan;
     if (!plan.ops.empty()) submit(plan.job);
-    if (plan.device_job != nullptr) submit_to_device(plan, *plan.device_job);
+    if (plan.device_job != nullptr && !plan.device_job->idle())
+      submit_to_device(plan, *plan.device_job);
     for (LayerCopies& layer : plan.layers) {
-      if (!layer.resident) continue;
-      if (layer.device_job != nullptr) {
-        submit_to_device(plan, *layer.device_job);
-      } else {
-        submit(layer.job);
-      }
+      if (layer.resident) submit(layer.job);
     }
   }
   if (!refit.device_jobs.empty()) devices_.known()->submit(refit.device_jobs);

@@ -242,6 +242,79 @@ TEST_P(SeveralDevices, RefitAfterTheFirstIsOneBatchForEachPairAndNothingElse) {
   }
 }
 
+// Goal: layers that are resident cost no call more than the host places do. Method: the daemon's
+// calls are counted while no layer, one and several are resident, each in another place every time.
+TEST_P(Devices, RefitOfResidentLayersIsOneBatchForEachPairHoweverManyThereAre) {
+  REFIT_FAKE_ONLY("counted calls of the driver");
+  constexpr std::size_t kLayers = 6;
+  Model source("transformer", layered_tensors(kLayers));
+  OffloadedModel target("transformer", kLayers, 5, 1,
+                        [](const auto& bytes) { return make_storage(GetParam(), bytes); });
+  Trainer trainer = make_trainer(source);
+  Engine engine = must(Engine::connect("flux", options(), soon()));
+  must(engine.register_module(target.spec(), soon()));
+  engine.bind_to_this_thread();
+  source.fill(1);
+  must(trainer.refit(kTransformer, soon()));
+  must(engine.poll(soon()));
+  const auto report = daemon_report();
+  const auto held = gauges_of(report);
+  std::uint64_t calls_of_one_batch = 0;
+  for (const std::size_t resident : {0U, 1U, 5U, 3U, 0U, 4U}) {
+    for (std::size_t layer = 0; layer < kLayers; ++layer) target.drop(layer);
+    for (std::size_t layer = 0; layer < resident; ++layer) target.fetch(layer);
+    source.fill(10 + resident);
+    const auto before = calls_of(report);
+    const RefitReport refitted = must(trainer.refit(kTransformer, soon()));
+    must(engine.poll(soon()));
+    const Calls made = since(before, calls_of(report));
+    const std::uint64_t batches = resident == 0 ? 1 : 2;
+    EXPECT_EQ(refitted.device_bytes > 0, resident > 0);
+    EXPECT_EQ(made.at("cuMemcpyBatchAsync"), batches) << resident << " resident layers";
+    std::uint64_t calls = 0;
+    for (const auto& [name, times] : made) {
+      // A fence is asked for until it is passed, with its context made current each time.
+      if (name != "cuEventQuery" && name.rfind("cuCtx", 0) != 0) calls += times;
+    }
+    if (calls_of_one_batch == 0) calls_of_one_batch = calls;
+    EXPECT_EQ(calls, batches * calls_of_one_batch) << resident << " resident layers";
+    EXPECT_EQ(gauges_of(report), held) << resident << " resident layers";
+    EXPECT_TRUE(target.holds_exactly(source)) << resident << " resident layers";
+  }
+}
+
+// Goal: a layer whose weights come from the host and from a device reaches a pool of either.
+TEST_P(Devices, LayersComeFromBothSidesAtOnce) {
+  constexpr std::size_t kLayers = 3;
+  const auto tensors = layered_tensors(kLayers);
+  Model on_device("transformer", tensors);
+  test::Model on_host("transformer", tensors);
+  ModuleSpec source("transformer");
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    const test::Model& side = i % 2 == 0 ? on_device : on_host;
+    must(source.add(tensors[i].name, tensors[i].dtype, tensors[i].shape, side.memory_of(i),
+                    side.address(i)));
+  }
+  source.set_fence(on_device.spec().fence());
+  Trainer trainer = connect_trainer();
+  must(trainer.register_module(source, soon()));
+  for (const MemoryKind pool : {GetParam(), MemoryKind::host}) {
+    OffloadedModel target("transformer", kLayers, 2, 1,
+                          [pool](const auto& bytes) { return make_storage(pool, bytes); });
+    Engine engine = must(Engine::connect("flux", options(), soon()));
+    must(engine.register_module(target.spec(), soon()));
+    engine.bind_to_this_thread();
+    target.fetch(0);
+    target.fetch(2);
+    on_device.fill(3);
+    on_host.fill(3);
+    const auto report = trainer.refit(kTransformer, soon());
+    ASSERT_TRUE(report) << name_of(pool) << ": " << report.error().to_string();
+    must(engine.poll(soon()));
+    EXPECT_TRUE(target.holds_exactly(on_host)) << name_of(pool);
+  }
+}
+
 /// One thread, so that how many of its readings there are at once does not depend on luck.
 class DevicesWithOneHashingThread : public Devices {
  protected:

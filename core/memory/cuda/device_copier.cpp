@@ -80,8 +80,8 @@ void DeviceCopyJob::clear() noexcept {
     batch.context->driver().event_destroy(batch.end);
   }
   batches_.clear();
+  entry_count_ = 0;
   bytes_ = 0;
-  target_base_ = 0;
 }
 
 Result<void> DeviceCopyJob::prepare(DeviceCopier& copier, std::span<const DeviceCopyOp> ops) {
@@ -90,11 +90,19 @@ Result<void> DeviceCopyJob::prepare(DeviceCopier& copier, std::span<const Device
   const std::lock_guard lock(copier.prepare_mutex_);
   const auto write_out = [&]() -> Result<void> {
     for (const DeviceCopyOp& op : ops) REFIT_TRY(append(copier, op));
-    for (Batch& batch : batches_) REFIT_TRY(copier.open(batch));
+    for (Batch& batch : batches_) {
+      REFIT_TRY(copier.open(batch));
+      batch.staying = batch.sizes.size();
+      const std::size_t all = batch.staying + batch.part_runs.size();
+      batch.sources.resize(all);
+      batch.targets.resize(all);
+      batch.sizes.resize(all);
+    }
     return {};
   };
   auto written = write_out();
   if (!written) clear();
+  place({});
   return written;
 }
 
@@ -102,7 +110,7 @@ Result<void> DeviceCopyJob::append(const DeviceCopier& copier, const DeviceCopyO
   const DeviceCopyOp op = merged(wanted);
   REFIT_TRY(copier.check(op));
   std::uint64_t runs = op.run_bytes == 0 ? 0 : 1;
-  const std::uint64_t room = kEntriesMax - entry_count();
+  const std::uint64_t room = kEntriesMax - entry_count_;
   // Divided rather than multiplied: counts come from shapes that a client chose.
   bool fits = true;
   for (std::uint32_t i = 0; i < op.loop_count; ++i) {
@@ -131,10 +139,15 @@ Result<void> DeviceCopyJob::append(const DeviceCopier& copier, const DeviceCopyO
       target += rest % loop.count * loop.target_stride_bytes;
       rest /= loop.count;
     }
+    if (op.part) {
+      batch.part_runs.push_back({*op.part, source, target, op.run_bytes});
+      continue;
+    }
     batch.sources.push_back(source);
     batch.targets.push_back(target);
     batch.sizes.push_back(op.run_bytes);
   }
+  entry_count_ += runs;
   bytes_ += runs * op.run_bytes;
   return {};
 }
@@ -149,17 +162,23 @@ DeviceCopyJob::Batch& DeviceCopyJob::batch_between(CUdevice source, CUdevice tar
   return batch;
 }
 
-std::size_t DeviceCopyJob::entry_count() const noexcept {
-  std::size_t count = 0;
-  for (const Batch& batch : batches_) count += batch.sizes.size();
-  return count;
+void DeviceCopyJob::place(std::span<std::byte* const> bases) noexcept {
+  for (Batch& batch : batches_) {
+    batch.count = batch.staying;
+    for (const PartRun& run : batch.part_runs) {
+      if (run.part >= bases.size() || bases[run.part] == nullptr) continue;
+      batch.sources[batch.count] = run.source;
+      batch.targets[batch.count] =
+          reinterpret_cast<CUdeviceptr>(bases[run.part]) + run.target_offset;
+      batch.sizes[batch.count] = run.bytes;
+      ++batch.count;
+    }
+  }
 }
 
-void DeviceCopyJob::set_target_base(CUdeviceptr base) noexcept {
-  for (Batch& batch : batches_) {
-    for (CUdeviceptr& target : batch.targets) target += base - target_base_;
-  }
-  target_base_ = base;
+bool DeviceCopyJob::idle() const noexcept {
+  return std::all_of(batches_.begin(), batches_.end(),
+                     [](const Batch& batch) { return batch.count == 0; });
 }
 
 // ---- the copier: what jobs need of it
@@ -347,7 +366,7 @@ void DeviceCopier::launch(DeviceCopyJob& job) noexcept {
   for (DeviceCopyJob::Batch& batch : job.batches_) {
     if (!job.outcome_.ok()) break;
     ++job.launched_;
-    job.outcome_ = launch(job, batch);
+    if (batch.count != 0) job.outcome_ = launch(job, batch);
   }
   job.outcome_.untouched = !job.outcome_.ok() && !job.asked_;
 }
@@ -379,7 +398,7 @@ DeviceCopyOutcome DeviceCopier::copy(DeviceCopyJob::Batch& batch) noexcept {
   CUmemcpyAttributes attributes{};
   attributes.srcAccessOrder = CU_MEMCPY_SRC_ACCESS_ORDER_STREAM;
   std::size_t first = 0;
-  const std::size_t count = batch.sizes.size();
+  const std::size_t count = batch.count;
   // That a batch is staged through the host where there is no peer access is not documented; of
   // cuMemcpyAsync it is.
   if (!batch.staged && driver_.memcpy_batch_13000 != nullptr) {
@@ -409,7 +428,7 @@ void DeviceCopier::finish(DeviceCopyJob& job) noexcept {
   const std::span<DeviceCopyJob::Batch> launched(job.batches_.data(), job.launched_);
   if (job.outcome_.ok()) {
     for (DeviceCopyJob::Batch& batch : launched) {
-      if (test_point("fence.done")) continue;
+      if (batch.count == 0 || test_point("fence.done")) continue;
       const auto current = Current::enter(*batch.context);
       if (!current) {
         job.outcome_ = not_entered(current.error());
@@ -421,6 +440,7 @@ void DeviceCopier::finish(DeviceCopyJob& job) noexcept {
     if (job.outcome_.ok()) return;
   }
   for (DeviceCopyJob::Batch& batch : launched) {
+    if (batch.count == 0) continue;
     const auto current = Current::enter(*batch.context);
     // A driver that does not answer even this leaves open whether the copies have ended.
     if (driver_.stream_synchronize(batch.stream) != CUDA_SUCCESS) job.outcome_.sticky = true;

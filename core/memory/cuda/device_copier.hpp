@@ -18,6 +18,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <span>
 #include <thread>
 #include <vector>
@@ -50,6 +51,9 @@ struct DeviceCopyOp {
   std::uint64_t run_bytes = 0;
   std::uint32_t loop_count = 0;
   std::array<CopyOp::Loop, CopyOp::kDimsMax> loops{};  ///< outermost first
+  /// The moving buffer that the target is in, if any: its address then counts from that buffer's
+  /// start, which is where DeviceCopyJob::place() says.
+  std::optional<std::uint32_t> part{};
 };
 
 /// What a job waits for on the devices, before its first byte. Null entries are left out.
@@ -86,8 +90,8 @@ class DeviceCopyJob {
   /// copier.
   using Done = void (*)(void* context, DeviceCopyOutcome outcome);
 
-  /// Runs of one job. Each costs 24 bytes here and a descriptor in the driver; strides that need
-  /// more of them need a kernel.
+  /// Runs of one job. Each costs 24 bytes here, 32 more if it is of a part, and a descriptor in the
+  /// driver; strides that need more of them need a kernel.
   static constexpr std::size_t kEntriesMax = std::size_t{1} << 20;
 
   DeviceCopyJob() = default;
@@ -111,19 +115,32 @@ class DeviceCopyJob {
   }
   /// For every submit from now on. The events outlive the run.
   void wait_for(const Fences& fences) noexcept { fences_ = fences; }
-  /// Moves all targets so that what was prepared for address 0 is written to `base`, on the same
-  /// devices: for a buffer that begins elsewhere each time. Not while the job is in flight.
-  void set_target_base(CUdeviceptr base) noexcept;
+  /// Where each part begins, on the same device as ever, for every submit from now on: its runs are
+  /// written there. A part that is null here, or that is behind the last one, is left out; so are
+  /// all of them before the first call. Not while the job is in flight. Allocates nothing.
+  void place(std::span<std::byte* const> bases) noexcept;
+  /// No run is asked for: a submit would call no driver.
+  [[nodiscard]] bool idle() const noexcept;
 
   [[nodiscard]] std::uint64_t bytes() const noexcept { return bytes_; }
-  [[nodiscard]] std::size_t entry_count() const noexcept;
-  /// Batch calls per run, where the driver has them: one for each pair of source and target.
+  [[nodiscard]] std::size_t entry_count() const noexcept { return entry_count_; }
+  /// Batch calls per run, where the driver has them: one for each pair of source and target, fewer
+  /// where all of a pair's runs are left out.
   [[nodiscard]] std::size_t batch_count() const noexcept { return batches_.size(); }
 
  private:
   friend class DeviceCopier;
 
-  // All copies between one pair, in the arrays that the driver reads.
+  // A run whose target is in a buffer that moves.
+  struct PartRun {
+    std::uint32_t part = 0;
+    CUdeviceptr source = 0;
+    std::uint64_t target_offset = 0;
+    std::size_t bytes = 0;
+  };
+
+  // All copies between one pair, in the arrays that the driver reads: first those that stay, then
+  // those of the parts that are placed.
   struct Batch {
     CUdevice source = CopyEnd::kHost;
     CUdevice target = CopyEnd::kHost;
@@ -134,6 +151,9 @@ class DeviceCopyJob {
     std::vector<CUdeviceptr> targets;
     std::vector<CUdeviceptr> sources;
     std::vector<std::size_t> sizes;
+    std::vector<PartRun> part_runs;
+    std::size_t staying = 0;
+    std::size_t count = 0;  // of the next run
   };
 
   [[nodiscard]] Result<void> append(const DeviceCopier& copier, const DeviceCopyOp& wanted);
@@ -141,8 +161,8 @@ class DeviceCopyJob {
   void clear() noexcept;
 
   std::vector<Batch> batches_;
+  std::size_t entry_count_ = 0;
   std::uint64_t bytes_ = 0;
-  CUdeviceptr target_base_ = 0;
   Fences fences_;
   Done done_ = nullptr;
   void* done_context_ = nullptr;

@@ -70,14 +70,14 @@ class Job final : public DeviceJob {
                         {address_of(op.copy.target), op.target_device},
                         op.copy.run_bytes,
                         op.copy.loop_count,
-                        op.copy.loops});
+                        op.copy.loops,
+                        op.part});
     }
     return job_.prepare(copier, wanted);
   }
 
-  void set_target_base(std::byte* base) noexcept override {
-    job_.set_target_base(address_of(base));
-  }
+  void place(std::span<std::byte* const> bases) noexcept override { job_.place(bases); }
+  [[nodiscard]] bool idle() const noexcept override { return job_.idle(); }
   void arm(const DeviceEvent* source, const DeviceEvent* engine, Done done,
            void* context) noexcept override {
     Fences fences;

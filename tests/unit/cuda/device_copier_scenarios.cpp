@@ -195,24 +195,71 @@ void strides() {
   EXPECT_EQ(target.get(), expected);
 }
 
-void target_base() {
+/// Two parts and what stays: moved, left out, and back, with one call for each pair that has
+/// something to copy and none for one that has not.
+void parts() {
   const Rig rig;
   Memory source(rig, 0, 64);
+  Memory host(rig, CopyEnd::kHost, 64);
   Memory target(rig, 0, 512);
-  source.set(numbered(64, 1));
-  const auto sut = rig.copier();
-  DeviceCopyJob job;
-  prepare(job, *sut, {op_of(source.at(0), {0, 0}, 16), op_of(source.at(16), {32, 0}, 16)});
+  const Buffer bytes = numbered(64, 1);
+  source.set(bytes);
+  host.set(bytes);
   Buffer expected(512);
   target.set(expected);
-  for (const std::size_t base : {std::size_t{256}, std::size_t{64}, std::size_t{128}}) {
-    job.set_target_base(target.end.address + base);
+  const auto sut = rig.copier();
+  DeviceCopyJob job;
+  const auto in_part = [](DeviceCopyOp op, std::uint32_t part) {
+    op.part = part;
+    return op;
+  };
+  // Of the host's nothing stays.
+  prepare(
+      job, *sut,
+      {in_part(op_of(source.at(0), {0, 0}, 16), 0), op_of(source.at(16), target.at(496), 16),
+       in_part(op_of(source.at(32), {32, 0}, 16), 2), in_part(op_of(host.at(48), {64, 0}, 16), 2)});
+  EXPECT_EQ(job.batch_count(), 2U);
+  EXPECT_EQ(job.entry_count(), 4U);
+  constexpr std::size_t kOut = 511;
+  const auto expect_run = [&](std::size_t first, std::size_t third, std::uint64_t batches) {
+    const auto begin = [&](std::size_t at) {
+      return at == kOut ? nullptr : reinterpret_cast<std::byte*>(target.end.address + at);
+    };
+    const std::array<std::byte*, 3> bases{begin(first), begin(kOut), begin(third)};
+    job.place(bases);
+    const std::uint64_t calls = rig.fake.calls(nullptr);
+    const std::uint64_t batch_calls = rig.fake.calls("cuMemcpyBatchAsync");
     EXPECT_TRUE(test::run(*sut, job).ok());
-    const Buffer bytes = numbered(64, 1);
-    std::copy_n(bytes.begin(), 16, expected.begin() + static_cast<std::ptrdiff_t>(base));
-    std::copy_n(bytes.begin() + 16, 16, expected.begin() + static_cast<std::ptrdiff_t>(base + 32));
-    EXPECT_EQ(target.get(), expected) << base;
-  }
+    EXPECT_EQ(rig.fake.calls("cuMemcpyBatchAsync") - batch_calls, batches);
+    EXPECT_EQ(rig.fake.calls(nullptr) - calls, 7 * batches);
+    const auto expect_bytes = [&](std::size_t from, std::size_t to) {
+      std::copy_n(bytes.begin() + static_cast<std::ptrdiff_t>(from), 16,
+                  expected.begin() + static_cast<std::ptrdiff_t>(to));
+    };
+    expect_bytes(16, 496);
+    if (first != kOut) expect_bytes(0, first);
+    if (third != kOut) {
+      expect_bytes(32, third + 32);
+      expect_bytes(48, third + 64);
+    }
+    EXPECT_EQ(target.get(), expected) << first << ", " << third;
+    target.set(Buffer(512));
+    expected = Buffer(512);
+  };
+  EXPECT_FALSE(job.idle()) << "one copy stays";
+  expect_run(kOut, kOut, 1);
+  expect_run(256, 64, 2);
+  expect_run(128, kOut, 1);
+  expect_run(kOut, 256, 2);
+  expect_run(64, 128, 2);
+  job.place({});
+  expect_run(kOut, kOut, 1);
+
+  prepare(job, *sut, {in_part(op_of(source.at(0), {0, 0}, 16), 0)});
+  EXPECT_TRUE(job.idle()) << "no part is placed";
+  const std::uint64_t calls = rig.fake.calls(nullptr);
+  EXPECT_TRUE(test::run(*sut, job).ok());
+  EXPECT_EQ(rig.fake.calls(nullptr), calls);
 }
 
 void refusals() {
@@ -684,7 +731,7 @@ struct Scenario {
 constexpr Scenario kScenarios[] = {
     {"pairs", &pairs},
     {"strides", &strides},
-    {"target_base", &target_base},
+    {"parts", &parts},
     {"refusals", &refusals},
     {"several", &several},
 #ifndef REFIT_SANITIZED

@@ -108,7 +108,7 @@ TEST(DeviceCopier, IsRightWhateverTheOrderOfTheWork) {
   }
 }
 TEST(DeviceCopier, ExpandsStridesIntoRuns) { expect_good("strides"); }
-TEST(DeviceCopier, WritesWhereTheTargetBeginsThisTime) { expect_good("target_base"); }
+TEST(DeviceCopier, WritesPartsWhereTheyBeginThisTimeOrLeavesThemOut) { expect_good("parts"); }
 TEST(DeviceCopier, RefusesWhatItCannotCopyByName) { expect_good("refusals"); }
 #ifndef REFIT_SANITIZED
 TEST(DeviceCopier, AllocatesNothingOnceAJobIsPrepared) { expect_good("allocations"); }
