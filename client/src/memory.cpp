@@ -31,10 +31,7 @@ Result<std::shared_ptr<SharedMemory>> SharedMemory::allocate(std::size_t bytes, 
   REFIT_TRY(add_seals(state->fd.get(), F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL, label));
   REFIT_TRY_ASSIGN(state->mapping,
                    Mapping::map(state->fd.get(), rounded, Access::read_write, label));
-  // Huge pages first, while the file is empty; what the host does not grant is backed by small ones
-  // after.
-  collapse_to_huge_pages(state->mapping);
-  REFIT_TRY(back_with_memory(state->fd.get(), rounded, label));
+  REFIT_TRY(back_with_memory(state->fd.get(), state->mapping, label));
   return std::shared_ptr<SharedMemory>(new SharedMemory(std::move(state)));
 }
 

@@ -47,6 +47,20 @@ void* reserve_aligned(std::size_t bytes) noexcept {
   return first + lead;
 }
 
+/// Only a wish: a host that grants no huge page populates more slowly and is otherwise the same.
+void collapse_to_huge_pages(const Mapping& mapping) noexcept {
+  ::madvise(mapping.data(), mapping.bytes(), MADV_HUGEPAGE);
+  // A range without any page is refused (EINVAL), a range full of small pages is copied at 3 s a
+  // GiB (measured, Linux 6.18); one page in each 2 MiB makes the kernel fill the rest with zeros at
+  // 0.05 s a GiB.
+  for (std::size_t offset = 0; offset + kHugePageBytes <= mapping.bytes();
+       offset += kHugePageBytes) {
+    std::byte* start = mapping.data() + offset;
+    if (::madvise(start, 1, MADV_POPULATE_WRITE) != 0) return;
+    ::madvise(start, kHugePageBytes, MADV_COLLAPSE);
+  }
+}
+
 }  // namespace
 
 Result<Mapping> Mapping::map(int fd, std::size_t bytes, Access access, const std::string& label) {
@@ -82,23 +96,12 @@ Result<UniqueFd> make_memfd(const std::string& label, std::size_t bytes) {
   return fd;
 }
 
-Result<void> back_with_memory(int fd, std::size_t bytes, const std::string& label) {
+Result<void> back_with_memory(int fd, const Mapping& writable, const std::string& label) {
+  collapse_to_huge_pages(writable);
+  const std::size_t bytes = writable.bytes();
   const int code = ::posix_fallocate(fd, 0, static_cast<off_t>(bytes));
   if (code != 0) return fail_os(label + ": allocating " + std::to_string(bytes) + " bytes", code);
   return {};
-}
-
-void collapse_to_huge_pages(const Mapping& mapping) noexcept {
-  ::madvise(mapping.data(), mapping.bytes(), MADV_HUGEPAGE);
-  // A range without any page is refused (EINVAL), a range full of small pages is copied at 3 s a
-  // GiB (measured, Linux 6.18); one page in each 2 MiB makes the kernel fill the rest with zeros at
-  // 0.05 s a GiB.
-  for (std::size_t offset = 0; offset + kHugePageBytes <= mapping.bytes();
-       offset += kHugePageBytes) {
-    std::byte* start = mapping.data() + offset;
-    if (::madvise(start, 1, MADV_POPULATE_WRITE) != 0) return;
-    ::madvise(start, kHugePageBytes, MADV_COLLAPSE);
-  }
 }
 
 Result<void> add_seals(int fd, int seals, const std::string& label) {

@@ -40,13 +40,9 @@ class Mapping {
 /// Makes a memfd of `bytes` without seals and without pages.
 Result<UniqueFd> make_memfd(const std::string& label, std::size_t bytes);
 
-/// Gives every page of a memfd its memory now, so that exhaustion is ENOSPC here and not a SIGBUS
-/// later.
-Result<void> back_with_memory(int fd, std::size_t bytes, const std::string& label);
-
-/// Asks for huge pages under a fresh, empty, 2 MiB aligned mapping. Only a wish: a host that grants
-/// none populates more slowly and is otherwise the same.
-void collapse_to_huge_pages(const Mapping& mapping) noexcept;
+/// Gives a memfd without pages all of its memory now, so that exhaustion is ENOSPC here and not a
+/// SIGBUS later: in huge pages as far as the host grants them. `writable` maps the whole of it.
+Result<void> back_with_memory(int fd, const Mapping& writable, const std::string& label);
 
 /// Adds seals; F_SEAL_* of fcntl(2).
 Result<void> add_seals(int fd, int seals, const std::string& label);

@@ -18,15 +18,19 @@ Result<std::shared_ptr<SessionMemory>> make_memory(UniqueFd& request_fd, UniqueF
   auto memory = std::make_shared<SessionMemory>();
   constexpr int kSeals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
   REFIT_TRY_ASSIGN(request_fd, make_memfd("refit-request", kRequestRegionBytes));
-  REFIT_TRY(back_with_memory(request_fd.get(), kRequestRegionBytes, "refit-request"));
+  {
+    REFIT_TRY_ASSIGN(const Mapping writable, Mapping::map(request_fd.get(), kRequestRegionBytes,
+                                                          Access::read_write, "refit-request"));
+    REFIT_TRY(back_with_memory(request_fd.get(), writable, "refit-request"));
+  }
   REFIT_TRY_ASSIGN(memory->request, Mapping::map(request_fd.get(), kRequestRegionBytes,
                                                  Access::read_only, "refit-request"));
   REFIT_TRY(add_seals(request_fd.get(), kSeals, "refit-request"));
   REFIT_TRY_ASSIGN(response_fd, make_memfd("refit-response", kResponseRegionBytes));
-  REFIT_TRY(back_with_memory(response_fd.get(), kResponseRegionBytes, "refit-response"));
   // Our writable mapping must exist before the seal that lets nobody make another.
   REFIT_TRY_ASSIGN(memory->response, Mapping::map(response_fd.get(), kResponseRegionBytes,
                                                   Access::read_write, "refit-response"));
+  REFIT_TRY(back_with_memory(response_fd.get(), memory->response, "refit-response"));
   REFIT_TRY(add_seals(response_fd.get(), kSeals | F_SEAL_FUTURE_WRITE, "refit-response"));
   // Replies move through the whole region; a page that was never touched would fault in the middle
   // of a refit.

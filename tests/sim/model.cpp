@@ -46,10 +46,10 @@ std::uint64_t Shape::cells_of(std::size_t tensor) const noexcept {
 std::shared_ptr<Memory> Memory::of(const Shape& shape) {
   auto memory = std::make_shared<Memory>();
   memory->fd = must(make_memfd("weights", shape.bytes()));
-  REFIT_ASSERT(back_with_memory(memory->fd.get(), shape.bytes(), "weights").has_value());
   REFIT_ASSERT(add_seals(memory->fd.get(), F_SEAL_SHRINK, "weights").has_value());
   memory->mapping =
       must(Mapping::map(memory->fd.get(), shape.bytes(), Access::read_write, "weights"));
+  REFIT_ASSERT(back_with_memory(memory->fd.get(), memory->mapping, "weights").has_value());
   return memory;
 }
 

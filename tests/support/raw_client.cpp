@@ -335,7 +335,8 @@ Bytes empty_message() {
 
 UniqueFd honest_memfd(std::size_t bytes, int seals) {
   auto fd = make_memfd("raw", bytes);
-  if (!fd || !back_with_memory(fd->get(), bytes, "raw")) give_up("making a memfd");
+  if (!fd || ::posix_fallocate(fd->get(), 0, static_cast<off_t>(bytes)) != 0)
+    give_up("making a memfd");
   if (seals != 0 && !add_seals(fd->get(), seals, "raw")) give_up("sealing a memfd");
   return std::move(*fd);
 }
