@@ -270,8 +270,8 @@ TEST_F(BenchOnFakeDriver, VmmMemoryIsRefittedInOneCopy) {
   expect_steady_calls(figures(), 1);
 }
 
-// One copy to the host, and one to the 15 resident ones of 30 layers, which lie where the engine has
-// put them.
+// One copy to the host, and one to the 15 resident ones of 30 layers, which lie where the engine
+// has put them.
 TEST_F(BenchOnFakeDriver, OffloadedModelIsRefittedInOneCopyToTheHostAndOneToItsResidentLayers) {
   ASSERT_EQ(run("--quick --steps 2 --scale 0.01 --only refit,counts --memory offload --manifest " +
                 manifest("wan2.1-t2v-1.3b.json")),

@@ -227,8 +227,8 @@ void Prover::found(Entry& entry) {
   if (finding.result == ProofResult::refuted) poison(finding, *module);
   if (finding.result != ProofResult::equal) return;
   std::optional<Proof>& proof = module->registration->proof;
-  const std::uint64_t before = proof ? proof->version : 0;
-  if (finding.version < before || (!finding.whole && before + 1 < finding.version)) return;
+  if (proof && finding.version < proof->version) return;
+  if (!finding.whole && (!proof || proof->version + 1 < finding.version)) return;
   proof = Proof{finding.version, Clock::now()};
 }
 
