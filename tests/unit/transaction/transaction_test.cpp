@@ -10,6 +10,8 @@
 #include <random>
 #include <thread>
 
+#include "support/effort.hpp"
+
 namespace refit::daemon {
 namespace {
 
@@ -266,7 +268,7 @@ class SmallEngine {
 // overlap that the values happen to hide. Both outcomes must have come up often, or nothing was
 // tested.
 TEST(TransactionStress, WithdrawalAndWritingNeverBothProceed) {
-  constexpr std::uint64_t kRounds = 100'000;
+  constexpr std::uint64_t kRounds = test::rounds(100'000);
   auto words = std::make_unique<EngineWords>();
   for (ModuleBlock& block : words->modules) {
     block.word.store(fill_next_record(block, 0, ModuleState::initial, {}, 0).pack());
