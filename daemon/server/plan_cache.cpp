@@ -68,8 +68,7 @@ bool has_device_pool(const Registration& target) {
   return false;
 }
 
-/// Casts are the CPU's, which reaches no device memory. One line for each target that would need
-/// one there.
+/// One line for each target whose elements a device casts.
 std::vector<std::string> device_casts(const BoundPlan& bound, int pools) {
   std::vector<std::string> found;
   for (const Plan::TensorCast& cast : bound.plan.casts) {
@@ -80,7 +79,7 @@ std::vector<std::string> device_casts(const BoundPlan& bound, int pools) {
         (to.layer_buffer == kNoLayerBuffer || pools == kHostMemory))
       continue;
     found.push_back("target " + describe(to, bound.target->manifest->label()) + ": source " +
-                    describe(from, bound.source->manifest->label()) + " has another dtype");
+                    describe(from, bound.source->manifest->label()) + " is cast on a device");
   }
   std::sort(found.begin(), found.end());
   return found;
@@ -185,11 +184,6 @@ Result<void> BoundPlan::connect(DeviceAccess& access) {
         {op_of(*this, copy, to.data() + copy.target_offset), from.place(), to.place()});
   }
   REFIT_TRY_ASSIGN(const int pools, place_of_pools(*target));
-  if (auto casts = device_casts(*this, pools); !casts.empty()) {
-    return fail(Errc::unsupported,
-                "tensors are cast between host memories only; give both sides of these one dtype",
-                std::move(casts));
-  }
   for (const Copy& copy : plan.layer_copies) {
     if (layer_is_hosts(*this, copy)) continue;
     require_pinned(*source, copy.source_region);
@@ -206,7 +200,13 @@ Result<void> BoundPlan::connect(DeviceAccess& access) {
                 std::move(unpinned));
   }
   if (!wanted.empty()) {
-    REFIT_TRY_ASSIGN(device_job, devices->prepare(wanted));
+    auto prepared = devices->prepare(wanted);
+    if (!prepared) {
+      Error error = prepared.error();
+      error.details = device_casts(*this, pools);
+      return Unexpected(std::move(error));
+    }
+    device_job = std::move(*prepared);
   }
   connected = true;
   return {};

@@ -85,6 +85,17 @@ def cuda_include():
     return None
 
 
+def kernels(root, scratch):
+    """The fatbin, compiled here for a host whose nvcc is too old or not there; nothing where there is none here."""
+    build = pathlib.Path(scratch) / "build"
+    said = output_of(["cmake", "-S", str(root), "-B", str(build), "-DREFIT_TORCH=OFF", "-DREFIT_TESTS=OFF",
+                      "-DREFIT_BENCH=OFF"])
+    if "Kernels are left out" in said or "CUDA's headers not found" in said:
+        return None
+    output_of(["cmake", "--build", str(build), "--target", "refit_kernels"])
+    return build / "core" / "kernels.fatbin"
+
+
 def carried_files(root, scratch):
     """(name below carried/, path here) of everything that is carried."""
     include, library = pathlib.Path("/usr/include"), library_folder()
@@ -112,6 +123,8 @@ def carried_files(root, scratch):
     found.append(("generated/refit_generated.h", pathlib.Path(scratch) / "refit_generated.h"))
     if cuda := cuda_include():
         found += [(f"cuda/include/{name}", cuda / name) for name in CUDA_HEADERS]
+        if fatbin := kernels(root, scratch):
+            found.append(("cuda/kernels.fatbin", fatbin))
     for package in list(HEADERS) + ["libboost-dev", "libsystemd0"]:
         licence = pathlib.Path("/usr/share/doc") / package / "copyright"
         if licence.exists():

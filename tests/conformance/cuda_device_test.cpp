@@ -7,9 +7,8 @@
 #include <sys/resource.h>
 
 #include <cstdlib>
-#include <set>
 
-#include "conformance/refit_fixture.hpp"
+#include "conformance/device_fixture.hpp"
 #include "support/cuda/device_storage.hpp"
 #include "support/effort.hpp"
 #include "support/offloaded_model.hpp"
@@ -17,51 +16,9 @@
 namespace refit::test {
 namespace {
 
-const RefitTarget kTransformer{"flux", "transformer"};
-
-class Devices : public Refit {
+class Devices : public DeviceFixture {
  protected:
-  /// Without proofs, whose calls come when they like.
-  explicit Devices(DaemonOptions how = {}) : Refit(without_proof(std::move(how))) {}
-  static DaemonOptions without_proof(DaemonOptions how) {
-    how.arguments.insert(how.arguments.end(), {"--proof-threads", "0"});
-    return how;
-  }
-
-  fakecuda::ProcessReport daemon_report() {
-    auto report = fakecuda::ProcessReport::open(std::getenv("FAKECUDA_DIR"), daemon_.pid());
-    EXPECT_TRUE(report);
-    return std::move(*report);
-  }
-  using Calls = std::map<std::string, std::uint64_t>;
-  static Calls calls_of(const fakecuda::ProcessReport& report) {
-    Calls all;
-    for (const auto& entry : report->calls) {
-      if (entry.name[0] == '\0') break;
-      all[entry.name] += entry.count.load();
-    }
-    return all;
-  }
-  /// Calls since `before`, those of no number left out.
-  static Calls since(const Calls& before, const Calls& now) {
-    Calls made;
-    for (const auto& [name, count] : now) {
-      const auto old = before.find(name);
-      const std::uint64_t first = old == before.end() ? 0 : old->second;
-      if (count != first) made[name] = count - first;
-    }
-    return made;
-  }
-  static std::vector<std::uint64_t> gauges_of(const fakecuda::ProcessReport& report) {
-    std::vector<std::uint64_t> all;
-    for (const auto& gauge : report->gauges) all.push_back(gauge.load());
-    return all;
-  }
-  /// What the daemon holds of the driver's; nothing where only the driver knows.
-  std::vector<std::uint64_t> held_by_daemon() {
-    if (!cuda::Driver::fake()) return {};
-    return gauges_of(daemon_report());
-  }
+  explicit Devices(DaemonOptions how = {}) : DeviceFixture(std::move(how)) {}
 
   /// Refits steps of other bytes and compares them.
   void expect_refits(Trainer& trainer, test::Model& source, const test::Model& target,
@@ -230,9 +187,7 @@ TEST_P(SeveralDevices, RefitAfterTheFirstIsOneBatchForEachPairAndNothingElse) {
     }
     const Calls made = since(before, calls_of(report));
     EXPECT_EQ(gauges_of(report), held);
-    const std::set<std::string> allowed{
-        "cuCtxPushCurrent", "cuCtxPopCurrent",    "cuStreamWaitEvent", "cuMemcpyBatchAsync",
-        "cuEventRecord",    "cuEventSynchronize", "cuEventQuery"};
+    const std::set<std::string> allowed = calls_of_steady_refits();
     for (const auto& [name, times] : made)
       EXPECT_TRUE(allowed.contains(name)) << name << ", " << times << " times";
     EXPECT_EQ(made.at("cuMemcpyBatchAsync"), 3 * kRefits) << count << " tensors";

@@ -1,6 +1,7 @@
 #include <gtest/gtest.h>
 
 #include "conformance/memory_kinds.hpp"
+#include "memory/cuda/kernels/image.hpp"
 #include "support/cuda/device_storage.hpp"
 
 namespace refit::test {
@@ -12,6 +13,10 @@ std::shared_ptr<ModelStorage> make_storage(MemoryKind kind, const std::vector<st
   if (kind == MemoryKind::host) return std::make_shared<HostStorage>(bytes);
   const auto device_kind = kind == MemoryKind::cuda_legacy ? DeviceKind::legacy : DeviceKind::vmm;
   return std::make_shared<DeviceStorage>(device_kind, device, bytes);
+}
+
+bool can_cast(MemoryKind kind) {
+  return kind == MemoryKind::host || !refit::cuda::kernel_image().empty();
 }
 
 void end_of_test() {

@@ -9,6 +9,8 @@ std::shared_ptr<ModelStorage> make_storage(MemoryKind, const std::vector<std::ui
   return std::make_shared<HostStorage>(bytes);
 }
 
+bool can_cast(MemoryKind) { return true; }
+
 void end_of_test() {}
 
 }  // namespace refit::test

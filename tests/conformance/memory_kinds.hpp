@@ -31,6 +31,10 @@ std::shared_ptr<ModelStorage> make_storage(MemoryKind kind,
                                            const std::vector<std::uint64_t>& tensor_bytes,
                                            int device = 0);
 
+/// Whether a tensor in memory of the kind is cast: always, but for device memory in a build without
+/// nvcc.
+bool can_cast(MemoryKind kind);
+
 /// Called when a test's clients and its daemon have ended: gives back what they may have shared,
 /// and fails the test if anybody misused the driver.
 void end_of_test();

@@ -9,6 +9,7 @@ import copy
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -63,6 +64,9 @@ class Pack(unittest.TestCase):
                      "carried/include/boost/interprocess/managed_external_buffer.hpp", "carried/lib/libcrypto.a",
                      "carried/lib/systemd/libsystemd.so.0", "carried/include/openssl/opensslconf.h"):
             self.assertIn(name, names)
+        nvcc = shutil.which("nvcc") or pathlib.Path("/usr/local/cuda/bin/nvcc").exists()
+        if nvcc and "carried/cuda/include/cuda.h" in names:
+            self.assertIn("carried/cuda/kernels.fatbin", names)
         self.assertFalse([name for name in names if name.startswith(("build/", ".git/"))])
 
 

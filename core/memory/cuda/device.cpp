@@ -66,7 +66,9 @@ Result<void> VisibleDevices::read() {
           std::pair{CU_DEVICE_ATTRIBUTE_IPC_EVENT_SUPPORTED, &device.ipc_events},
           std::pair{CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING, &device.unified_addressing},
           std::pair{CU_DEVICE_ATTRIBUTE_READ_ONLY_HOST_REGISTER_SUPPORTED,
-                    &device.read_only_host_register}}) {
+                    &device.read_only_host_register},
+          std::pair{CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM,
+                    &device.host_pointers}}) {
       REFIT_TRY_ASSIGN(const int value, ask(which));
       *has = value != 0;
     }

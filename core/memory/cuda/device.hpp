@@ -27,6 +27,7 @@ struct Device {
   bool ipc_events = false;
   bool unified_addressing = false;
   bool read_only_host_register = false;
+  bool host_pointers = false;   ///< kernels reach registered host memory by its own addresses
   std::vector<CUdevice> peers;  ///< that can reach its memory
 
   [[nodiscard]] std::string label() const { return uuid.text() + " (" + name + ")"; }

@@ -51,7 +51,8 @@ DeviceCopyOp merged(DeviceCopyOp op) noexcept {
   while (op.loop_count > 0) {
     const CopyOp::Loop& inner = op.loops[op.loop_count - 1];
     std::uint64_t bytes = 0;
-    if (inner.source_stride_bytes != op.run_bytes || inner.target_stride_bytes != op.run_bytes ||
+    if (inner.source_stride_bytes != source_bytes_of(op.cast, op.run_bytes) ||
+        inner.target_stride_bytes != op.run_bytes ||
         __builtin_mul_overflow(op.run_bytes, inner.count, &bytes))
       break;
     op.run_bytes = bytes;
@@ -78,8 +79,12 @@ void DeviceCopyJob::clear() noexcept {
     const auto current = Current::enter(*batch.context);
     // Nothing waits for it any more; what the driver may say is about its state, not about ours.
     batch.context->driver().event_destroy(batch.end);
+    if (batch.launch != nullptr && batch.launch->table.copies != 0)
+      batch.context->driver().mem_free(batch.launch->table.copies);
   }
   batches_.clear();
+  part_begins_.reset();
+  part_count_ = 0;
   entry_count_ = 0;
   bytes_ = 0;
 }
@@ -88,19 +93,15 @@ Result<void> DeviceCopyJob::prepare(DeviceCopier& copier, std::span<const Device
   REFIT_ASSERT(!in_flight_);
   clear();
   const std::lock_guard lock(copier.prepare_mutex_);
-  const auto write_out = [&]() -> Result<void> {
+  const auto open_all = [&]() -> Result<void> {
     for (const DeviceCopyOp& op : ops) REFIT_TRY(append(copier, op));
     for (Batch& batch : batches_) {
       REFIT_TRY(copier.open(batch));
-      batch.staying = batch.sizes.size();
-      const std::size_t all = batch.staying + batch.part_runs.size();
-      batch.sources.resize(all);
-      batch.targets.resize(all);
-      batch.sizes.resize(all);
+      REFIT_TRY(write_out(batch));
     }
     return {};
   };
-  auto written = write_out();
+  auto written = open_all();
   if (!written) clear();
   place({});
   return written;
@@ -120,14 +121,7 @@ Result<void> DeviceCopyJob::append(const DeviceCopier& copier, const DeviceCopyO
     runs *= fits ? count : 1;
   }
   if (runs == 0) return {};
-  if (!fits || runs > room) {
-    return fail(Errc::unsupported,
-                "copying " + pair_text(op.source.device, op.target.device) + " takes more than " +
-                    std::to_string(kEntriesMax) + " runs, the last of them of " +
-                    std::to_string(op.run_bytes) +
-                    " bytes: strides this fine need a kernel, which is not built; give source and "
-                    "target the same layout");
-  }
+  if (op.cast != Cast::none || !fits || runs > room) return append_to_launch(op);
   Batch& batch = batch_between(op.source.device, op.target.device);
   for (std::uint64_t run = 0; run < runs; ++run) {
     CUdeviceptr source = op.source.address;
@@ -152,9 +146,108 @@ Result<void> DeviceCopyJob::append(const DeviceCopier& copier, const DeviceCopyO
   return {};
 }
 
+Result<void> DeviceCopyJob::append_to_launch(const DeviceCopyOp& op) {
+  // So that no sum of units, tiles and blocks overflows, on whatever device.
+  constexpr std::uint64_t kUnitsMax = std::uint64_t{1} << 48;
+  const std::string pair = pair_text(op.source.device, op.target.device);
+  StridedCopy copy{};
+  copy.source = op.source.address;
+  copy.target = op.target.address;
+  copy.part = op.part.value_or(StridedCopy::kStays);
+  copy.loop_count = op.loop_count;
+  std::uint64_t runs = 1;
+  bool fits = true;
+  std::uint64_t multiples = op.source.address | op.target.address | op.run_bytes | 8;
+  for (std::uint32_t i = 0; i < op.loop_count; ++i) {
+    const CopyOp::Loop& loop = op.loops[i];
+    copy.loops[i] = {loop.count, loop.source_stride_bytes, loop.target_stride_bytes};
+    multiples |= loop.source_stride_bytes | loop.target_stride_bytes;
+    fits = fits && !__builtin_mul_overflow(runs, loop.count, &runs);
+  }
+  const auto common = static_cast<std::uint32_t>(multiples & (~multiples + 1));
+  const bool casts = op.cast != Cast::none;
+  copy.source_unit_bytes = casts ? static_cast<std::uint32_t>(source_unit_bytes(op.cast)) : common;
+  copy.target_unit_bytes = casts ? static_cast<std::uint32_t>(target_unit_bytes(op.cast)) : common;
+  copy.run_units = op.run_bytes / copy.target_unit_bytes;
+  const CUdevice device = op.target.is_host() ? op.source.device : op.target.device;
+  Launch& launch = *launch_of(op.cast, device).launch;
+  std::uint64_t units = 0;
+  fits = fits && !__builtin_mul_overflow(runs, copy.run_units, &units) && units <= kUnitsMax &&
+         units <= kUnitsMax - launch.table.units;
+  if (!fits) return fail(Errc::unsupported, "copying " + pair + ": more bytes than any device has");
+  if (launch.copies.empty()) {
+    launch.purpose = casts ? "casting " + pair
+                           : "copying " + pair + " in more than " + std::to_string(kEntriesMax) +
+                                 " runs, which are a kernel's (same layouts need none)";
+  }
+  for (const CUdevice end : {op.source.device, op.target.device}) {
+    if (end != CopyEnd::kHost && end != device) launch.reaches.push_back(end);
+  }
+  copy.first = launch.table.units;
+  launch.table.units += units;
+  launch.copies.push_back(copy);
+  bytes_ += units * copy.target_unit_bytes;
+  if (op.part) part_count_ = std::max<std::size_t>(part_count_, *op.part + std::size_t{1});
+  return {};
+}
+
+/// What place() needs of an opened batch, and of a launch what the device needs.
+Result<void> DeviceCopyJob::write_out(Batch& batch) {
+  if (batch.launch == nullptr) {
+    batch.staying = batch.sizes.size();
+    const std::size_t all = batch.staying + batch.part_runs.size();
+    batch.sources.resize(all);
+    batch.targets.resize(all);
+    batch.sizes.resize(all);
+    return {};
+  }
+  Launch& launch = *batch.launch;
+  const Driver& driver = batch.context->driver();
+  const auto current = Current::enter(*batch.context);
+  if (!current) return Unexpected(current.error());
+  for (const StridedCopy& copy : launch.copies) {
+    if (copy.part == StridedCopy::kStays) {
+      ++batch.staying;
+    } else {
+      batch.part_runs.push_back({copy.part, 0, 0, 0});
+    }
+  }
+  if (!batch.part_runs.empty() && part_begins_ == nullptr) {
+    REFIT_TRY_ASSIGN(part_begins_,
+                     PinnedBuffer::allocate(batch.context, part_count_ * sizeof(std::uint64_t),
+                                            "where the layers of a plan begin"));
+  }
+  if (part_begins_ != nullptr)
+    launch.table.part_begins = reinterpret_cast<std::uint64_t>(part_begins_->data());
+  launch.table.count = launch.copies.size();
+  const std::size_t bytes = launch.copies.size() * sizeof(StridedCopy);
+  CUdeviceptr memory = 0;
+  const CUresult allocated = driver.mem_alloc(&memory, bytes);
+  launch.table.copies = memory;  // freed also where the driver says that there is none
+  if (allocated != CUDA_SUCCESS)
+    return fail_cuda(driver, launch.purpose + " (cuMemAlloc)", allocated);
+  REFIT_TRY_CUDA(driver, memcpy_htod(memory, launch.copies.data(), bytes),
+                 launch.purpose + " (cuMemcpyHtoD)");
+  launch.copies = {};
+  return {};
+}
+
+DeviceCopyJob::Batch& DeviceCopyJob::launch_of(Cast cast, CUdevice device) {
+  for (Batch& batch : batches_) {
+    if (batch.launch != nullptr && batch.launch->cast == cast && batch.target == device)
+      return batch;
+  }
+  Batch& batch = batches_.emplace_back();
+  batch.source = device;
+  batch.target = device;
+  batch.launch = std::make_unique<Launch>();
+  batch.launch->cast = cast;
+  return batch;
+}
+
 DeviceCopyJob::Batch& DeviceCopyJob::batch_between(CUdevice source, CUdevice target) {
   for (Batch& batch : batches_) {
-    if (batch.source == source && batch.target == target) return batch;
+    if (batch.launch == nullptr && batch.source == source && batch.target == target) return batch;
   }
   Batch& batch = batches_.emplace_back();
   batch.source = source;
@@ -163,10 +256,19 @@ DeviceCopyJob::Batch& DeviceCopyJob::batch_between(CUdevice source, CUdevice tar
 }
 
 void DeviceCopyJob::place(std::span<std::byte* const> bases) noexcept {
+  if (part_begins_ != nullptr) {
+    auto* const begins = reinterpret_cast<std::uint64_t*>(part_begins_->data());
+    for (std::size_t i = 0; i < part_count_; ++i)
+      begins[i] = i < bases.size() ? reinterpret_cast<std::uint64_t>(bases[i]) : 0;
+  }
   for (Batch& batch : batches_) {
     batch.count = batch.staying;
     for (const PartRun& run : batch.part_runs) {
       if (run.part >= bases.size() || bases[run.part] == nullptr) continue;
+      if (batch.launch != nullptr) {
+        ++batch.count;
+        continue;
+      }
       batch.sources[batch.count] = run.source;
       batch.targets[batch.count] =
           reinterpret_cast<CUdeviceptr>(bases[run.part]) + run.target_offset;
@@ -259,6 +361,7 @@ Result<void> DeviceCopier::open(DeviceCopyJob::Batch& batch) {
     REFIT_TRY_ASSIGN(const bool reachable, reach(*state, batch.target));
     batch.staged = !reachable;
   }
+  if (batch.launch != nullptr) REFIT_TRY(open(*batch.launch, *state, batch.target));
   CUstream& stream = state->streams[direction];
   if (stream == nullptr) {
     REFIT_TRY_CUDA(driver_, stream_create(&stream, CU_STREAM_NON_BLOCKING),
@@ -268,6 +371,29 @@ Result<void> DeviceCopier::open(DeviceCopyJob::Batch& batch) {
   REFIT_TRY_CUDA(driver_,
                  event_create(&batch.end, CU_EVENT_DISABLE_TIMING | CU_EVENT_BLOCKING_SYNC),
                  "an event for copies from " + where + " (cuEventCreate)");
+  return {};
+}
+
+/// The kernel, and that it reaches what it reads and writes. The context is current.
+Result<void> DeviceCopier::open(DeviceCopyJob::Launch& launch, State& state, CUdevice device) {
+  for (const CUdevice other : launch.reaches) {
+    REFIT_TRY_ASSIGN(const bool reachable, reach(state, other));
+    if (reachable) continue;
+    return fail(Errc::unsupported, launch.purpose + ": device " + std::to_string(device) +
+                                       " cannot reach the memory of device " +
+                                       std::to_string(other) +
+                                       "; give both sides one dtype and layout, or one device");
+  }
+  if (state.kernels == nullptr) {
+    auto kernels = Kernels::load(state.context);
+    if (!kernels) {
+      Error error = kernels.error();
+      error.message = launch.purpose + ": " + error.message;
+      return Unexpected(std::move(error));
+    }
+    state.kernels = std::move(*kernels);
+  }
+  launch.kernel = state.kernels->of(launch.cast);
   return {};
 }
 
@@ -387,7 +513,13 @@ DeviceCopyOutcome DeviceCopier::launch(DeviceCopyJob& job, DeviceCopyJob::Batch&
   if (code != CUDA_SUCCESS) return failed(code, "cuStreamWaitEvent");
   // A copy that is reported as failed may have been made.
   job.asked_ = true;
-  if (const DeviceCopyOutcome copied = copy(batch); !copied.ok()) return copied;
+  if (batch.launch != nullptr) {
+    const DeviceCopyJob::Launch& kernel = *batch.launch;
+    code = Kernels::launch(driver_, kernel.kernel, kernel.table, batch.stream);
+    if (code != CUDA_SUCCESS) return failed(code, "cuLaunchKernel");
+  } else if (const DeviceCopyOutcome copied = copy(batch); !copied.ok()) {
+    return copied;
+  }
   code = driver_.event_record(batch.end, batch.stream);
   return code == CUDA_SUCCESS ? DeviceCopyOutcome{} : failed(code, "cuEventRecord");
 }

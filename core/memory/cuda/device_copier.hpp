@@ -20,11 +20,14 @@
 #include <mutex>
 #include <optional>
 #include <span>
+#include <string>
 #include <thread>
 #include <vector>
 
 #include "memory/copy_pool.hpp"
 #include "memory/cuda/device.hpp"
+#include "memory/cuda/kernels.hpp"
+#include "memory/cuda/pinned.hpp"
 #include "posix/heartbeat.hpp"
 #include "refit/result.hpp"
 
@@ -44,7 +47,9 @@ struct CopyEnd {
 
 /// As CopyOp, with ends on devices. The copies of one job are in no order: its targets must overlap
 /// neither each other nor any of its sources. A copy between devices runs on the source's stream,
-/// so that a VMM mapping of the target must be writable from the source's device.
+/// so that a VMM mapping of the target must be writable from the source's device. A cast, and a
+/// copy of too many runs, is a kernel's, on the target's device, or on the source's where the
+/// target is on the host: that device must be able to reach both.
 struct DeviceCopyOp {
   CopyEnd source;
   CopyEnd target;
@@ -54,6 +59,7 @@ struct DeviceCopyOp {
   /// The moving buffer that the target is in, if any: its address then counts from that buffer's
   /// start, which is where DeviceCopyJob::place() says.
   std::optional<std::uint32_t> part{};
+  Cast cast = Cast::none;  ///< every run is whole elements of it
 };
 
 /// What a job waits for on the devices, before its first byte. Null entries are left out.
@@ -90,8 +96,8 @@ class DeviceCopyJob {
   /// copier.
   using Done = void (*)(void* context, DeviceCopyOutcome outcome);
 
-  /// Runs of one job. Each costs 24 bytes here, 32 more if it is of a part, and a descriptor in the
-  /// driver; strides that need more of them need a kernel.
+  /// Runs of one job that the driver copies. Each costs 24 bytes here, 32 more if it is of a part,
+  /// and a descriptor in the driver; strides that need more of them are a kernel's.
   static constexpr std::size_t kEntriesMax = std::size_t{1} << 20;
 
   DeviceCopyJob() = default;
@@ -104,9 +110,9 @@ class DeviceCopyJob {
   /// is in flight. Allocates, and blocks in the driver: for milliseconds where a device or a pair
   /// of them is new.
   ///
-  /// Errors, after which the job is empty: Errc::unsupported for more than kEntriesMax runs,
-  /// Errc::bad_argument for a device that this process does not see and for host to host,
-  /// Errc::cuda.
+  /// Errors, after which the job is empty: Errc::unsupported for what needs a kernel where there
+  /// are none (see Kernels::load()) and where it would not reach both ends, Errc::bad_argument for
+  /// a device that this process does not see and for host to host, Errc::cuda.
   [[nodiscard]] Result<void> prepare(DeviceCopier& copier, std::span<const DeviceCopyOp> ops);
 
   void on_done(Done done, void* context) noexcept {
@@ -124,8 +130,8 @@ class DeviceCopyJob {
 
   [[nodiscard]] std::uint64_t bytes() const noexcept { return bytes_; }
   [[nodiscard]] std::size_t entry_count() const noexcept { return entry_count_; }
-  /// Batch calls per run, where the driver has them: one for each pair of source and target, fewer
-  /// where all of a pair's runs are left out.
+  /// Batch calls per run, where the driver has them: one for each pair of source and target, and
+  /// launches: one for each cast and device; fewer where all of their runs are left out.
   [[nodiscard]] std::size_t batch_count() const noexcept { return batches_.size(); }
 
  private:
@@ -139,8 +145,18 @@ class DeviceCopyJob {
     std::size_t bytes = 0;
   };
 
+  // What a kernel does on one device: one launch over a table there.
+  struct Launch {
+    Cast cast = Cast::none;
+    std::string purpose;            // in words, of the first of its copies
+    std::vector<CUdevice> reaches;  // other devices
+    std::vector<StridedCopy> copies;
+    StridedCopyTable table{};
+    CUfunction kernel = nullptr;
+  };
+
   // All copies between one pair, in the arrays that the driver reads: first those that stay, then
-  // those of the parts that are placed.
+  // those of the parts that are placed. Or a launch, of which both are the device that it runs on.
   struct Batch {
     CUdevice source = CopyEnd::kHost;
     CUdevice target = CopyEnd::kHost;
@@ -152,17 +168,24 @@ class DeviceCopyJob {
     std::vector<CUdeviceptr> sources;
     std::vector<std::size_t> sizes;
     std::vector<PartRun> part_runs;
+    std::unique_ptr<Launch> launch;
     std::size_t staying = 0;
     std::size_t count = 0;  // of the next run
   };
 
   [[nodiscard]] Result<void> append(const DeviceCopier& copier, const DeviceCopyOp& wanted);
+  [[nodiscard]] Result<void> append_to_launch(const DeviceCopyOp& op);
   [[nodiscard]] Batch& batch_between(CUdevice source, CUdevice target);
+  [[nodiscard]] Batch& launch_of(Cast cast, CUdevice device);
+  [[nodiscard]] Result<void> write_out(Batch& batch);
   void clear() noexcept;
 
   std::vector<Batch> batches_;
   std::size_t entry_count_ = 0;
   std::uint64_t bytes_ = 0;
+  /// Where parts begin, for kernels, which read it on the device; null where no kernel writes any.
+  std::unique_ptr<PinnedBuffer> part_begins_;
+  std::size_t part_count_ = 0;
   Fences fences_;
   Done done_ = nullptr;
   void* done_context_ = nullptr;
@@ -213,7 +236,8 @@ class DeviceCopier {
   struct State {
     std::shared_ptr<const Context> context;  // null until a job needs it
     std::array<CUstream, kDirections> streams{};
-    std::vector<Peer> peers;  // beside states_
+    std::vector<Peer> peers;           // beside states_
+    std::unique_ptr<Kernels> kernels;  // null until a job needs them
   };
 
   explicit DeviceCopier(std::shared_ptr<VisibleDevices> devices);
@@ -224,6 +248,7 @@ class DeviceCopier {
   [[nodiscard]] Result<State*> state_of(CUdevice ordinal);
   [[nodiscard]] Result<void> check(const DeviceCopyOp& op) const;
   [[nodiscard]] Result<void> open(DeviceCopyJob::Batch& batch);
+  [[nodiscard]] Result<void> open(DeviceCopyJob::Launch& launch, State& state, CUdevice device);
   [[nodiscard]] Result<bool> reach(State& from, CUdevice to);
 
   // The worker alone.

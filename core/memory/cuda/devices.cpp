@@ -71,7 +71,8 @@ class Job final : public DeviceJob {
                         op.copy.run_bytes,
                         op.copy.loop_count,
                         op.copy.loops,
-                        op.part});
+                        op.part,
+                        op.copy.cast});
     }
     return job_.prepare(copier, wanted);
   }
@@ -165,8 +166,7 @@ class CudaDevices final : public refit::Devices {
   /// A reader and its pinned memory; one for each reading at a time.
   struct Reader {
     int device = 0;
-    std::unique_ptr<std::byte[], void (*)(std::byte*)> memory{nullptr, nullptr};
-    std::unique_ptr<PinnedRange> pinned;
+    std::unique_ptr<PinnedBuffer> memory;
     std::unique_ptr<DeviceReader> reader;
   };
 
@@ -217,18 +217,13 @@ class CudaDevices final : public refit::Devices {
     REFIT_TRY_ASSIGN(auto context, devices_->context(*device));
     auto reader = std::make_unique<Reader>();
     reader->device = ordinal;
-    reader->memory = {static_cast<std::byte*>(::operator new[](kReadBytes, kPage)),
-                      [](std::byte* memory) { ::operator delete[](memory, kPage); }};
-    REFIT_TRY_ASSIGN(auto pinned,
-                     PinnedRange::pin(context, reader->memory.get(), kReadBytes, Access::read_write,
-                                      "the memory that digests read through"));
-    reader->pinned = std::make_unique<PinnedRange>(std::move(pinned));
+    REFIT_TRY_ASSIGN(
+        reader->memory,
+        PinnedBuffer::allocate(context, kReadBytes, "the memory that digests read through"));
     REFIT_TRY_ASSIGN(reader->reader,
-                     DeviceReader::create(context, {reader->memory.get(), kReadBytes}));
+                     DeviceReader::create(context, {reader->memory->data(), kReadBytes}));
     return reader;
   }
-
-  static constexpr std::align_val_t kPage{4096};
 
   std::shared_ptr<VisibleDevices> devices_;
   std::mutex mutex_;

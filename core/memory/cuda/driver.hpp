@@ -64,10 +64,18 @@ namespace refit::cuda {
   X(event_synchronize, cuEventSynchronize, 2000)                                  \
   X(event_destroy, cuEventDestroy, 4000)
 
-// X(member, name, version). Null where the driver is older; whoever uses one has another way.
-#define REFIT_CUDA_OPTIONAL(X)                     \
-  X(memcpy_batch_12080, cuMemcpyBatchAsync, 12080) \
-  X(memcpy_batch_13000, cuMemcpyBatchAsync, 13000)
+// X(member, name, version). Null where the driver has none; whoever uses one has another way, or
+// refuses what needs it.
+#define REFIT_CUDA_OPTIONAL(X)                      \
+  X(memcpy_batch_12080, cuMemcpyBatchAsync, 12080)  \
+  X(memcpy_batch_13000, cuMemcpyBatchAsync, 13000)  \
+  X(module_load_data, cuModuleLoadData, 2000)       \
+  X(module_get_function, cuModuleGetFunction, 2000) \
+  X(module_unload, cuModuleUnload, 2000)            \
+  X(launch_kernel, cuLaunchKernel, 4000)            \
+  X(mem_alloc, cuMemAlloc, 3020)                    \
+  X(mem_free, cuMemFree, 3020)                      \
+  X(memcpy_htod, cuMemcpyHtoD, 3020)
 
 /// Why there is a driver, or none. For `refitctl doctor` and for messages.
 enum class DriverState {

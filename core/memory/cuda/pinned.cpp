@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <new>
 
 namespace refit::cuda {
 
@@ -18,7 +19,8 @@ Result<PinnedRange> PinnedRange::pin(std::shared_ptr<const Context> context, std
   const auto page = static_cast<std::uintptr_t>(::sysconf(_SC_PAGESIZE));
   if (reinterpret_cast<std::uintptr_t>(data) % page != 0)
     return fail(Errc::bad_argument, label + ": only whole pages are pinned");
-  unsigned int flags = CU_MEMHOSTREGISTER_PORTABLE;
+  // Kernels read and write it where it is, too.
+  unsigned int flags = CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP;
   if (access == Access::read_only) {
     if (!device.read_only_host_register)
       return fail(Errc::unsupported, label + ": device " + device.label() +
@@ -51,6 +53,23 @@ PinnedRange::~PinnedRange() {
   if (!current) return;
   for (std::size_t at = 0; at < bytes_; at += part_bytes_)
     static_cast<void>(context_->driver().mem_host_unregister(data_ + at));
+}
+
+Result<std::unique_ptr<PinnedBuffer>> PinnedBuffer::allocate(std::shared_ptr<const Context> context,
+                                                             std::size_t bytes,
+                                                             const std::string& label) {
+  const auto page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
+  const std::size_t whole = (bytes + page - 1) / page * page;
+  std::unique_ptr<std::byte[], Free> memory(
+      static_cast<std::byte*>(::operator new[](whole, std::align_val_t{page})));
+  std::fill_n(memory.get(), whole, std::byte{0});
+  REFIT_TRY_ASSIGN(auto range, PinnedRange::pin(std::move(context), memory.get(), whole,
+                                                Access::read_write, label));
+  return std::unique_ptr<PinnedBuffer>(new PinnedBuffer(std::move(memory), std::move(range)));
+}
+
+void PinnedBuffer::Free::operator()(std::byte* memory) const noexcept {
+  ::operator delete[](memory, std::align_val_t{static_cast<std::size_t>(::sysconf(_SC_PAGESIZE))});
 }
 
 }  // namespace refit::cuda

@@ -29,6 +29,7 @@ constexpr const char* kInside = "REFIT_TEST_FAKE_CUDA";
       (std::string(FAKE_CUDA_FOLDER) + (old_path == nullptr ? "" : ":" + std::string(old_path)))
           .c_str(),
       1);
+  ::setenv("FAKECUDA_KERNELS", FAKE_CUDA_KERNELS, 0);
   // Small segments: what is not of the suite's interest is not filled either.
   ::setenv("FAKECUDA_DEVICE_0", "granularity=64K", 0);
   ::setenv("FAKECUDA_DEVICE_1", "granularity=64K", 0);

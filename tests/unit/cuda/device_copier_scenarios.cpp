@@ -13,6 +13,8 @@
 #include <random>
 
 #include "memory/cuda/device_reader.hpp"
+#include "memory/cuda/kernels/image.hpp"
+#include "support/cast_by_definition.hpp"
 #include "support/effort.hpp"
 #include "support/eventually.hpp"
 #include "unit/cuda/device_rig.hpp"
@@ -262,6 +264,81 @@ void parts() {
   EXPECT_EQ(rig.fake.calls(nullptr), calls);
 }
 
+/// Casts between all places but host and host, with parts that move: one launch for each cast and
+/// device, right bytes, and no other call than a batch makes.
+void launches() {
+  if (kernel_image().empty()) return;
+  constexpr std::size_t kUnits = 5000;
+  const Rig rig;
+  std::deque<Memory> sources;
+  std::deque<Memory> targets;
+  for (CUdevice place = CopyEnd::kHost; place < 2; ++place) {
+    sources.emplace_back(rig, place, 4 * kUnits);
+    targets.emplace_back(rig, place, std::size_t{1} << 18);
+  }
+  std::vector<DeviceCopyOp> ops;
+  constexpr std::size_t kSlotBytes = 4 * kUnits + 40;
+  for (std::size_t from = 0; from < 3; ++from) {
+    for (std::size_t to = 0; to < 3; ++to) {
+      if (from == 0 && to == 0) continue;
+      for (const Cast cast : {Cast::float32_to_bfloat16, Cast::float16_to_float32}) {
+        const std::size_t slot = 2 * from + (cast == Cast::float16_to_float32 ? 1 : 0);
+        DeviceCopyOp op = op_of(sources[from].at(0), targets[to].at(slot * kSlotBytes),
+                                (kUnits / 2 - 1) * target_unit_bytes(cast));
+        op.cast = cast;
+        if (to == 1) {
+          op.part = static_cast<std::uint32_t>(from);
+          op.target.address = slot % 2 * kSlotBytes;
+        }
+        ops.push_back(op);
+      }
+    }
+  }
+  const auto sut = rig.copier();
+  DeviceCopyJob job;
+  prepare(job, *sut, ops);
+  // What a device sends to the host is cast there.
+  EXPECT_EQ(job.batch_count(), 4U);
+  EXPECT_EQ(job.entry_count(), 0U);
+  EXPECT_EQ(rig.fake.gauge("modules"), 2U);
+  std::vector<Buffer> expected;
+  std::vector<Buffer> bytes;
+  for (std::size_t place = 0; place < 3; ++place) {
+    bytes.push_back(numbered(4 * kUnits, static_cast<unsigned>(place)));
+    sources[place].set(bytes.back());
+    expected.emplace_back(std::size_t{1} << 18);
+    targets[place].set(expected.back());
+  }
+  for (const unsigned absent : {0U, 1U, 3U}) {
+    std::array<std::byte*, 3> bases{};
+    for (std::size_t part = 0; part < bases.size(); ++part) {
+      if (part == absent) continue;
+      bases[part] = reinterpret_cast<std::byte*>(targets[1].end.address +
+                                                 2 * kSlotBytes * ((part + absent) % 3) + absent);
+    }
+    job.place(bases);
+    for (const DeviceCopyOp& op : ops) {
+      const auto from = static_cast<std::size_t>(op.source.device + 1);
+      const auto to = static_cast<std::size_t>(op.target.device + 1);
+      std::uint64_t at = op.target.address;
+      if (op.part) {
+        if (bases[*op.part] == nullptr) continue;
+        at += reinterpret_cast<std::uint64_t>(bases[*op.part]);
+      }
+      refit::test::cast_by_definition(op.cast, expected[to].data() + (at - targets[to].end.address),
+                                      bytes[from].data(), op.run_bytes);
+    }
+    const std::uint64_t calls = rig.fake.calls(nullptr);
+    const std::uint64_t launched = rig.fake.calls("cuLaunchKernel");
+    const DeviceCopyOutcome outcome = test::run(*sut, job);
+    EXPECT_TRUE(outcome.ok()) << outcome.error().to_string();
+    EXPECT_EQ(rig.fake.calls("cuLaunchKernel") - launched, 4U);
+    EXPECT_EQ(rig.fake.calls(nullptr) - calls, 4U * 7);
+    for (std::size_t place = 0; place < 3; ++place)
+      EXPECT_TRUE(targets[place].get() == expected[place]) << "place " << place << ", " << absent;
+  }
+}
+
 void refusals() {
   const Rig rig;
   const auto sut = rig.copier();
@@ -289,19 +366,35 @@ void refusals() {
   refused({op_of(first, {4096, 2}, 8)}, Errc::bad_argument, "no device 2");
   refused({op_of({4096, -2}, first, 8)}, Errc::bad_argument, "no device -2");
   constexpr std::uint64_t kMax = DeviceCopyJob::kEntriesMax;
-  refused({runs(1, kMax + 1)}, Errc::unsupported, "device 0 to device 1 takes more than 1048576");
-  refused({runs(1U << 11, 1U << 10)}, Errc::unsupported, "need a kernel");
-  refused({runs(std::uint64_t{1} << 62, std::uint64_t{1} << 62)}, Errc::unsupported, "kernel");
-  refused({runs(3, std::uint64_t{1} << 63)}, Errc::unsupported, "kernel");
-  refused({runs(4, std::uint64_t{1} << 62)}, Errc::unsupported, "kernel");
+  const char* const kTooMany = "device 0 to device 1: more bytes than";
+  refused({runs(std::uint64_t{1} << 62, std::uint64_t{1} << 62)}, Errc::unsupported, kTooMany);
+  refused({runs(3, std::uint64_t{1} << 63)}, Errc::unsupported, kTooMany);
+  refused({runs(4, std::uint64_t{1} << 62)}, Errc::unsupported, kTooMany);
+  refused({runs(1U << 24, (1U << 24) + 1)}, Errc::unsupported, kTooMany);
   DeviceCopyOp endless = op_of(first, second, 2);
   endless.loop_count = 1;
   endless.loops[0] = {std::uint64_t{1} << 63, 2, 2};
-  refused({endless}, Errc::unsupported, "kernel");
-  refused({op_of(first, second, 2), runs(1, kMax)}, Errc::unsupported, "kernel");
-  refused({runs(1, kMax), op_of(first, second, 2)}, Errc::unsupported, "kernel");
+  refused({endless}, Errc::unsupported, kTooMany);
   prepare(job, *sut, {runs(1, kMax)});
   EXPECT_EQ(job.entry_count(), kMax);
+  EXPECT_EQ(job.batch_count(), 1U);
+  DeviceCopyOp cast = op_of(first, second, 2);
+  cast.cast = Cast::float32_to_bfloat16;
+  const std::vector<std::vector<DeviceCopyOp>> of_kernels{{runs(1, kMax + 1)},
+                                                          {runs(1U << 11, 1U << 10)},
+                                                          {op_of(first, second, 2), runs(1, kMax)},
+                                                          {runs(1, kMax), op_of(first, second, 2)},
+                                                          {cast}};
+  for (const auto& ops : of_kernels) {
+    if (kernel_image().empty()) {
+      refused(ops, Errc::unsupported, "this build has no kernels");
+      continue;
+    }
+    prepare(job, *sut, ops);
+    EXPECT_LE(job.entry_count(), kMax);
+    EXPECT_EQ(job.batch_count(), ops.size());
+  }
+  EXPECT_EQ(rig.fake.gauge("modules"), kernel_image().empty() ? 0U : 1U);
 
   // Nothing to copy: nothing is asked of the driver.
   DeviceCopyOp none = runs(std::uint64_t{1} << 40, 0);
@@ -548,6 +641,7 @@ bool fenced_copy_is_right() {
   Memory target(rig, 0, 2 * kBytes);
   Memory host_target(rig, CopyEnd::kHost, kBytes);
   Memory other_target(rig, 1, kBytes);
+  Memory cast_target(rig, 0, kBytes / 2);
   Memory buffer(rig, CopyEnd::kHost, 1 << 12);
   source.set(Buffer(kBytes, std::byte{0x0a}));
   host_source.set(Buffer(kBytes, std::byte{0x77}));
@@ -561,17 +655,28 @@ bool fenced_copy_is_right() {
 
   const auto sut = rig.copier();
   DeviceCopyJob job;
-  prepare(job, *sut,
-          {op_of(source.at(0), target.at(0), kBytes),
-           op_of(host_source.at(0), target.at(kBytes), kBytes),
-           op_of(source.at(0), host_target.at(0), kBytes),
-           op_of(source.at(0), other_target.at(0), kBytes)});
+  std::vector<DeviceCopyOp> ops{op_of(source.at(0), target.at(0), kBytes),
+                                op_of(host_source.at(0), target.at(kBytes), kBytes),
+                                op_of(source.at(0), host_target.at(0), kBytes),
+                                op_of(source.at(0), other_target.at(0), kBytes)};
+  Buffer cast(kBytes / 2);
+  if (!kernel_image().empty()) {
+    // The first of all, so that no other copy on its stream has waited before it.
+    DeviceCopyOp op = op_of(source.at(0), cast_target.at(0), kBytes / 2);
+    op.cast = Cast::float32_to_bfloat16;
+    ops.insert(ops.begin(), op);
+    const Buffer made(kBytes, std::byte{0x77});
+    refit::test::cast_by_definition(op.cast, cast.data(), made.data(), cast.size());
+  }
+  cast_target.set(Buffer(kBytes / 2));
+  prepare(job, *sut, ops);
   Fences fences;
   fences.source[0] = trainer.event;
   fences.engine[0] = engine.event;
   fences.engine[1] = engine_on_first.event;
   job.wait_for(fences);
   right = test::run(*sut, job).ok() && right;
+  right = cast_target.get() == cast && right;
   right = host_target.get() == Buffer(kBytes, std::byte{0x77}) && right;
   right = other_target.get() == Buffer(kBytes, std::byte{0x77}) && right;
   right = target.get() == Buffer(2 * kBytes, std::byte{0x77}) && right;
@@ -643,12 +748,20 @@ void failure() {
   Party trainer(rig, 0);
   Party engine(rig, 1);
   const std::vector<Memory*> targets{&on_first, &copy, &second};
+  Memory cast_target(rig, 1, kBytes / 2);
   auto sut = rig.copier();
   DeviceCopyJob job;
-  const std::vector<DeviceCopyOp> ops{
+  std::vector<DeviceCopyOp> ops{
       op_of(host.at(0), on_first.at(0), kBytes), op_of(first.at(0), copy.at(0), kBytes),
       op_of(first.at(0), second.at(0), kBytes), op_of(old.at(0), target.at(0), kBytes)};
+  // The last of all, so that failures of the others come first.
+  const bool casts = !kernel_image().empty();
+  if (casts) {
+    ops.push_back(op_of(old.at(0), cast_target.at(0), kBytes / 2));
+    ops.back().cast = Cast::float32_to_float16;
+  }
   const auto reset = [&](unsigned seed) {
+    cast_target.set(Buffer(kBytes / 2));
     for (Memory* memory : {&host, &first, &old}) memory->set(numbered(kBytes, seed));
     for (Memory* memory : targets) memory->set(Buffer(kBytes));
     target.set(Buffer(2 * kBytes));
@@ -656,7 +769,13 @@ void failure() {
   const auto is_right = [&](unsigned seed) {
     const Buffer expected = numbered(kBytes, seed);
     const Buffer got = target.get();
-    return std::all_of(targets.begin(), targets.end(),
+    Buffer cast(kBytes / 2);
+    if (casts) {
+      refit::test::cast_by_definition(Cast::float32_to_float16, cast.data(), expected.data(),
+                                      cast.size());
+    }
+    return cast_target.get() == cast &&
+           std::all_of(targets.begin(), targets.end(),
                        [&](const Memory* memory) { return memory->get() == expected; }) &&
            std::equal(expected.begin(), expected.end(), got.begin());
   };
@@ -676,7 +795,7 @@ void failure() {
     const auto prepared = job.prepare(*sut, ops);
     std::printf("%s\n",
                 prepared ? "prepared" : ("not prepared: " + prepared.error().to_string()).c_str());
-    EXPECT_EQ(job.batch_count(), prepared ? 4U : 0U);
+    EXPECT_EQ(job.batch_count(), prepared ? ops.size() : 0U);
     rig.fake.set_faults("");
   }
   prepare(job, *sut, ops);
@@ -732,6 +851,7 @@ constexpr Scenario kScenarios[] = {
     {"pairs", &pairs},
     {"strides", &strides},
     {"parts", &parts},
+    {"launches", &launches},
     {"refusals", &refusals},
     {"several", &several},
 #ifndef REFIT_SANITIZED

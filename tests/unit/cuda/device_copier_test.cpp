@@ -19,6 +19,7 @@
 #include <string>
 #include <vector>
 
+#include "memory/cuda/kernels/image.hpp"
 #include "support/effort.hpp"
 #include "unit/cuda/device_copier_scenarios.hpp"
 
@@ -42,6 +43,7 @@ End run(const std::string& scenario, Environment environment = {}) {
   if (::mkdtemp(directory) == nullptr) return {};
   environment["FAKECUDA_DIR"] = directory;
   environment["LD_LIBRARY_PATH"] = FAKE_CUDA_FOLDER;
+  environment["FAKECUDA_KERNELS"] = FAKE_CUDA_KERNELS;
   std::vector<std::string> words;
   for (const auto& [name, value] : environment) words.push_back(name + "=" + value);
   std::vector<char*> envp;
@@ -109,6 +111,11 @@ TEST(DeviceCopier, IsRightWhateverTheOrderOfTheWork) {
 }
 TEST(DeviceCopier, ExpandsStridesIntoRuns) { expect_good("strides"); }
 TEST(DeviceCopier, WritesPartsWhereTheyBeginThisTimeOrLeavesThemOut) { expect_good("parts"); }
+TEST(DeviceCopier, CastsByOneLaunchForEachCastAndDevice) { expect_good("launches"); }
+TEST(DeviceCopier, CastsWhateverTheOrderOfTheWork) {
+  for (const char* schedule : {"eager", "mixed", "lazy,eager"})
+    expect_good("launches", {{"FAKECUDA_SCHEDULE", schedule}});
+}
 TEST(DeviceCopier, RefusesWhatItCannotCopyByName) { expect_good("refusals"); }
 #ifndef REFIT_SANITIZED
 TEST(DeviceCopier, AllocatesNothingOnceAJobIsPrepared) { expect_good("allocations"); }
@@ -174,6 +181,30 @@ TEST_F(Failures, InPreparingNameTheCallAndLeaveTheJobEmptyAndTheCopierUsable) {
       }
     }
   }
+}
+
+// Goal: a cast that cannot be prepared is refused by the call and what it was for, and the kernels
+// that were loaded are unloaded.
+TEST_F(Failures, OfKernelsNameTheCallAndLeaveTheCopierUsable) {
+  if (kernel_image().empty()) GTEST_SKIP() << "this build has no kernels";
+  for (const char* function :
+       {"cuModuleLoadData", "cuModuleGetFunction", "cuMemAlloc", "cuMemcpyHtoD"}) {
+    for (const char* kind : {"refuse", "after"}) {
+      const End end = fail("prepared", function, 1, kPlain, kind);
+      EXPECT_TRUE(end.says("not prepared: ")) << end.output;
+      EXPECT_TRUE(end.says("casting device 1 to device 1") && end.says(function) && end.says("(2)"))
+          << end.output;
+      EXPECT_TRUE(end.says("again: ok")) << end.output;
+    }
+  }
+  for (const char* kind : {"refuse", "after"}) {
+    const End end = fail("run", "cuLaunchKernel", 1, kPlain, kind);
+    EXPECT_TRUE(end.says("failed: cuLaunchKernel 2 \n") && end.says("again: ok")) << end.output;
+    const End sticky = fail("run", "cuLaunchKernel", 1, kSticky, kind);
+    EXPECT_TRUE(sticky.says("failed: cuLaunchKernel 719 sticky")) << sticky.output;
+  }
+  const End later = fail("run", "cuLaunchKernel", 1, kSticky, "later");
+  EXPECT_TRUE(later.says("failed: cuEventSynchronize 719 sticky")) << later.output;
 }
 
 TEST_F(Failures, ThatOnlySayHowPeersAreReachedAreNone) {
