@@ -61,6 +61,28 @@ DeviceCopyOp merged(DeviceCopyOp op) noexcept {
   return op;
 }
 
+/// Copies `bytes` to device memory, where they are when it returns: cuMemcpyHtoD may return before,
+/// and the stream of a launch does not wait for it. The context is current.
+Result<void> upload(const std::shared_ptr<const Context>& context, CUdeviceptr target,
+                    std::span<const std::byte> bytes, const std::string& purpose) {
+  const Driver& driver = context->driver();
+  REFIT_TRY_ASSIGN(const auto pinned, PinnedBuffer::allocate(context, bytes.size(), purpose));
+  std::copy(bytes.begin(), bytes.end(), pinned->data());
+  CUstream stream = nullptr;
+  REFIT_TRY_CUDA(driver, stream_create(&stream, CU_STREAM_NON_BLOCKING),
+                 purpose + ": a stream to upload its table (cuStreamCreate)");
+  const CUresult asked = driver.memcpy_async(target, reinterpret_cast<CUdeviceptr>(pinned->data()),
+                                             bytes.size(), stream);
+  // Also where that failed: it may have been begun.
+  const CUresult done = driver.stream_synchronize(stream);
+  driver.stream_destroy(stream);
+  if (asked != CUDA_SUCCESS)
+    return fail_cuda(driver, purpose + ": uploading its table (cuMemcpyAsync)", asked);
+  if (done != CUDA_SUCCESS)
+    return fail_cuda(driver, purpose + ": uploading its table (cuStreamSynchronize)", done);
+  return {};
+}
+
 }  // namespace
 
 Error DeviceCopyOutcome::error() const {
@@ -226,8 +248,7 @@ Result<void> DeviceCopyJob::write_out(Batch& batch) {
   launch.table.copies = memory;  // freed also where the driver says that there is none
   if (allocated != CUDA_SUCCESS)
     return fail_cuda(driver, launch.purpose + " (cuMemAlloc)", allocated);
-  REFIT_TRY_CUDA(driver, memcpy_htod(memory, launch.copies.data(), bytes),
-                 launch.purpose + " (cuMemcpyHtoD)");
+  REFIT_TRY(upload(batch.context, memory, std::as_bytes(std::span(launch.copies)), launch.purpose));
   launch.copies = {};
   return {};
 }

@@ -74,8 +74,7 @@ namespace refit::cuda {
   X(module_unload, cuModuleUnload, 2000)            \
   X(launch_kernel, cuLaunchKernel, 4000)            \
   X(mem_alloc, cuMemAlloc, 3020)                    \
-  X(mem_free, cuMemFree, 3020)                      \
-  X(memcpy_htod, cuMemcpyHtoD, 3020)
+  X(mem_free, cuMemFree, 3020)
 
 /// Why there is a driver, or none. For `refitctl doctor` and for messages.
 enum class DriverState {

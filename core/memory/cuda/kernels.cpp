@@ -27,7 +27,7 @@ Result<std::unique_ptr<Kernels>> Kernels::load(const std::shared_ptr<const Conte
   }
   if (driver.module_load_data == nullptr || driver.module_get_function == nullptr ||
       driver.module_unload == nullptr || driver.launch_kernel == nullptr ||
-      driver.mem_alloc == nullptr || driver.mem_free == nullptr || driver.memcpy_htod == nullptr)
+      driver.mem_alloc == nullptr || driver.mem_free == nullptr)
     return fail(Errc::unsupported, "this CUDA driver has no calls for kernels: update it");
   if (!device.host_pointers)
     return fail(Errc::unsupported, "device " + device.label() +

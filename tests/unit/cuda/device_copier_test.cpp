@@ -188,7 +188,7 @@ TEST_F(Failures, InPreparingNameTheCallAndLeaveTheJobEmptyAndTheCopierUsable) {
 TEST_F(Failures, OfKernelsNameTheCallAndLeaveTheCopierUsable) {
   if (kernel_image().empty()) GTEST_SKIP() << "this build has no kernels";
   for (const char* function :
-       {"cuModuleLoadData", "cuModuleGetFunction", "cuMemAlloc", "cuMemcpyHtoD"}) {
+       {"cuModuleLoadData", "cuModuleGetFunction", "cuMemAlloc", "cuMemcpyAsync"}) {
     for (const char* kind : {"refuse", "after"}) {
       const End end = fail("prepared", function, 1, kPlain, kind);
       EXPECT_TRUE(end.says("not prepared: ")) << end.output;
