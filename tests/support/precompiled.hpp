@@ -1,5 +1,5 @@
-// What most tests include, read once for a build with a sanitizer (tests/CMakeLists.txt). No file
-// relies on it: the release build does not use it.
+// What most tests include, read once for all of them (tests/CMakeLists.txt). No file relies on it:
+// one of the builds does not use it.
 #pragma once
 
 #include <gtest/gtest.h>
