@@ -1,7 +1,7 @@
 #include "server/prover.hpp"
 
 #include <pthread.h>
-#include <sched.h>
+#include <sys/resource.h>
 
 #include <algorithm>
 #include <string>
@@ -41,11 +41,8 @@ Prover::Prover(unsigned threads, CompletionQueue& completions, DeviceAccess& dev
   queue_.reserve(64);
   for (unsigned i = 0; i < threads; ++i) {
     threads_.emplace_back([this] { serve(); });
-    const pthread_t handle = threads_.back().native_handle();
-    ::pthread_setname_np(handle, ("refit-proof-" + std::to_string(i)).c_str());
-    // Where a sandbox forbids it, proofs compete like anybody.
-    const sched_param none{};
-    ::pthread_setschedparam(handle, SCHED_IDLE, &none);
+    ::pthread_setname_np(threads_.back().native_handle(),
+                         ("refit-proof-" + std::to_string(i)).c_str());
   }
 }
 
@@ -112,6 +109,10 @@ void Prover::forget(const Registration& registration) {
 }
 
 void Prover::serve() {
+  // Of this thread alone, as nice values are on Linux. The idle class would be starved on a busy
+  // host also while it ends, and nobody learns of a daemon's death before its last thread ended.
+  constexpr int kNice = 10;
+  ::setpriority(PRIO_PROCESS, 0, kNice);
   EndComparer comparer(devices_);
   std::unique_lock lock(mutex_);
   for (;;) {

@@ -1,7 +1,7 @@
 // Prover: after each commit, reads what the engine holds and compares it with what was written.
 //
-// Threads of the idle scheduling class compare XXH3-128 of source and target, block by block; no
-// refit waits for them. The trainer may change its tensors as soon as it has its answer, and
+// Threads of low priority compare XXH3-128 of source and target, block by block; no refit
+// waits for them. The trainer may change its tensors as soon as it has its answer, and
 // another refit may begin: equal blocks under an unchanged state word prove the version, different
 // ones prove nothing, because nobody knows whether the source moved on. Digests that came with the
 // refit decide: bytes that have others poison the module. What a check proves is the Checker's.
