@@ -269,13 +269,13 @@ Result<void> measure_full(Bench& bench) {
 
   bench.progress("trainer and engine allocate and fill " + in_gib(bench.model.bytes) + " each");
   REFIT_TRY_ASSIGN(Pair pair, Pair::start(bench, /*cut=*/false));
+  double best_s = 0;
+  if (attach || refit || proof) {
+    REFIT_TRY_ASSIGN(best_s, calibrate(bench, pair));
+  }
   if (attach || refit || check) {
     REFIT_TRY_ASSIGN(Daemon daemon,
                      Daemon::start({bench.options.refitd, "adaptive"}, bench.directory));
-    double best_s = 0;
-    if (attach || refit) {
-      REFIT_TRY_ASSIGN(best_s, calibrate(bench, pair));
-    }
     if (attach) {
       REFIT_TRY(measure_attaches(bench, pair, daemon));
     } else {
