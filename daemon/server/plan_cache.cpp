@@ -86,8 +86,8 @@ std::vector<std::string> device_casts(const BoundPlan& bound, int pools) {
 }
 
 /// `copy` is of plan.layer_copies and neither comes from a device nor goes to one.
-bool layer_is_hosts(const BoundPlan& bound, const Copy& copy) {
-  return !on_device(bound.source->regions[copy.source_region]) && !has_device_pool(*bound.target);
+bool layer_is_hosts(const BoundPlan& bound, const Copy& copy, bool pools_on_device) {
+  return !pools_on_device && !on_device(bound.source->regions[copy.source_region]);
 }
 
 /// No address yet: the offset in the layer buffer alone.
@@ -101,9 +101,10 @@ void bind_layers(BoundPlan& bound) {
   bound.residency_words.resize(buffers);
   bound.layer_bytes.resize(buffers);
   bound.layer_begins.resize(buffers);
+  const bool pools_on_device = has_device_pool(*bound.target);
   for (const Copy& copy : bound.plan.layer_copies) {
     bound.layer_bytes[copy.target_region] += copy.bytes();
-    if (!layer_is_hosts(bound, copy)) {
+    if (!layer_is_hosts(bound, copy, pools_on_device)) {
       bound.touches_devices = true;
       continue;
     }
@@ -184,14 +185,16 @@ Result<void> BoundPlan::connect(DeviceAccess& access) {
         {op_of(*this, copy, to.data() + copy.target_offset), from.place(), to.place()});
   }
   REFIT_TRY_ASSIGN(const int pools, place_of_pools(*target));
+  bool layers_wanted = false;
   for (const Copy& copy : plan.layer_copies) {
-    if (layer_is_hosts(*this, copy)) continue;
+    if (layer_is_hosts(*this, copy, pools != kHostMemory)) continue;
+    layers_wanted = true;
     require_pinned(*source, copy.source_region);
-    for (std::uint32_t i = 0; i < target->regions.size(); ++i) {
-      if (target->manifest->regions()[i].pool) require_pinned(*target, i);
-    }
     wanted.push_back({layer_op_of(*this, copy), source->regions[copy.source_region].place(), pools,
                       copy.target_region});
+  }
+  for (std::uint32_t i = 0; layers_wanted && i < target->regions.size(); ++i) {
+    if (target->manifest->regions()[i].pool) require_pinned(*target, i);
   }
   if (!unpinned.empty()) {
     std::sort(unpinned.begin(), unpinned.end());

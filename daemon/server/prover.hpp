@@ -1,11 +1,11 @@
 // Prover: after each commit, reads what the engine holds and compares it with what was written.
 //
-// Threads of low priority compare XXH3-128 of source and target, block by block; no refit
-// waits for them. The trainer may change its tensors as soon as it has its answer, and
-// another refit may begin: equal blocks under an unchanged state word prove the version, different
-// ones prove nothing, because nobody knows whether the source moved on. Digests that came with the
-// refit decide: bytes that have others poison the module. What a check proves is the Checker's.
-// Places of layers on a device are not read: they move with every gate.
+// Threads of low priority compare XXH3-128 of source and target, block by block; no refit waits for
+// them. The trainer may change its tensors as soon as it has its answer, and another refit may
+// begin: equal blocks under an unchanged state word prove the version, different ones prove
+// nothing, because nobody knows whether the source moved on. Digests that came with the refit
+// decide: bytes that have others poison the module. What a check proves is the Checker's. Places of
+// layers on a device are not read: they move with every gate.
 //
 // committed, forget and stop: the loop thread, which also gets what was found.
 #pragma once

@@ -175,22 +175,8 @@ TEST_P(SeveralDevices, RefitAfterTheFirstIsOneBatchForEachPairAndNothingElse) {
     const WaitingEngine waiting_c(c);
     const std::vector<RefitTarget> all{
         {"a", "transformer"}, {"b", "transformer"}, {"c", "transformer"}};
-    source.fill(1);
-    must(trainer.refit_all(all, soon()));
-    const auto report = daemon_report();
-    const auto before = calls_of(report);
-    const auto held = gauges_of(report);
-    constexpr std::uint64_t kRefits = 10;
-    for (std::uint64_t step = 2; step < 2 + kRefits; ++step) {
-      source.fill(step);
-      must(trainer.refit_all(all, soon()));
-    }
-    const Calls made = since(before, calls_of(report));
-    EXPECT_EQ(gauges_of(report), held);
-    const std::set<std::string> allowed = calls_of_steady_refits();
-    for (const auto& [name, times] : made)
-      EXPECT_TRUE(allowed.contains(name)) << name << ", " << times << " times";
-    EXPECT_EQ(made.at("cuMemcpyBatchAsync"), 3 * kRefits) << count << " tensors";
+    const Calls made = calls_of_steady_refits(trainer, source, all);
+    EXPECT_EQ(made.at("cuMemcpyBatchAsync"), 3 * kSteadyRefits) << count << " tensors";
     EXPECT_TRUE(same_device.equals(source));
     EXPECT_TRUE(other_device.equals(source));
     EXPECT_TRUE(host.equals(source));

@@ -54,10 +54,29 @@ class DeviceFixture : public Refit {
     for (const auto& gauge : report->gauges) all.push_back(gauge.load());
     return all;
   }
-  /// What a refit may ask for once its plan is there.
-  static std::set<std::string> calls_of_steady_refits() {
-    return {"cuCtxPushCurrent", "cuCtxPopCurrent",    "cuStreamWaitEvent", "cuMemcpyBatchAsync",
-            "cuEventRecord",    "cuEventSynchronize", "cuEventQuery"};
+  static constexpr std::uint64_t kSteadyRefits = 10;
+  /// What the daemon asks of the driver in kSteadyRefits refits of `all`, each of other bytes,
+  /// after the one that made the plans. Expects that it holds as much after them as before, and
+  /// that it asks for nothing but copies, their fences and `more`.
+  Calls calls_of_steady_refits(Trainer& trainer, test::Model& source,
+                               const std::vector<RefitTarget>& all, const std::string& more = {}) {
+    source.fill(1);
+    must(trainer.refit_all(all, soon()));
+    const auto report = daemon_report();
+    const auto before = calls_of(report);
+    const auto held = gauges_of(report);
+    for (std::uint64_t step = 2; step < 2 + kSteadyRefits; ++step) {
+      source.fill(step);
+      must(trainer.refit_all(all, soon()));
+    }
+    const Calls made = since(before, calls_of(report));
+    EXPECT_EQ(gauges_of(report), held);
+    const std::set<std::string> allowed{
+        "cuCtxPushCurrent", "cuCtxPopCurrent",    "cuStreamWaitEvent", "cuMemcpyBatchAsync",
+        "cuEventRecord",    "cuEventSynchronize", "cuEventQuery",      more};
+    for (const auto& [name, times] : made)
+      EXPECT_TRUE(allowed.contains(name)) << name << ", " << times << " times";
+    return made;
   }
   /// What the daemon holds of the driver's; nothing where only the driver knows.
   std::vector<std::uint64_t> held_by_daemon() {
