@@ -99,4 +99,8 @@ struct Pair {
 /// the key `size` of reconnect_ms. Detaches at the end.
 [[nodiscard]] Result<void> measure_reconnect(Bench& bench, Pair& pair, const std::string& size);
 
+/// What a proof costs the refit that begins beside it, by copies that the trainer has calibrated.
+/// Detaches at the end.
+[[nodiscard]] Result<void> measure_proof(Bench& bench, Pair& pair);
+
 }  // namespace refit::bench

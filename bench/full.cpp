@@ -188,42 +188,6 @@ Result<void> measure_memory(Bench& bench, const Daemon& daemon) {
   return {};
 }
 
-/// Refits by a daemon that proves each of them in the background, and by one that does not, in
-/// batches that take turns, so that what drifts on the machine is the same for both.
-Result<void> measure_proof(Bench& bench, Pair& pair) {
-  struct Side {
-    const char* key;
-    Daemon daemon;
-    RefitsAndCopies all;
-  };
-  std::vector<Side> sides;
-  for (const auto& [key, threads] : {std::pair{"on", "1"}, std::pair{"off", "0"}}) {
-    REFIT_TRY_ASSIGN(
-        Daemon daemon,
-        Daemon::start({bench.options.refitd, "adaptive", {}, {"--proof-threads", threads}},
-                      bench.directory));
-    sides.push_back({key, std::move(daemon), {}});
-  }
-  const int batches = bench.times(6, 1);
-  for (int batch = 0; batch < batches; ++batch) {
-    bench.progress("refits with and without proof, batch " + std::to_string(batch + 1) + " of " +
-                   std::to_string(batches));
-    for (Side& side : sides) {
-      REFIT_TRY(pair.attach(side.daemon.socket(), "adaptive"));
-      REFIT_TRY(pair.trainer.call({{"command", "pairs"}, {"count", 1}}));
-      REFIT_TRY_ASSIGN(const Message message,
-                       pair.trainer.call({{"command", "pairs"}, {"count", bench.times(5, 1)}}));
-      side.all.add(message);
-      REFIT_TRY(pair.detach());
-    }
-  }
-  const double on = median(sides[0].all.refit_s);
-  const double off = median(sides[1].all.refit_s);
-  bench.figures["proof"] = {{"refit_s_on", on}, {"refit_s_off", off}, {"growth", on / off - 1}};
-  for (Side& side : sides) REFIT_TRY(side.daemon.stop());
-  return {};
-}
-
 /// False, with what was skipped for it, if source and target do not fit into memory.
 bool fits(Bench& bench) {
   const std::uint64_t needed = needed_bytes(bench);

@@ -36,6 +36,7 @@ class TrainerRole final : public Role {
     on("pairs", [this](Message& command, Reply& reply) {
       return pairs(command.body.at("count").get<int>(), reply.body);
     });
+    on("copy", [this](Message&, Reply& reply) { return copy(reply.body); });
     on("refits", [this](Message& command, Reply& reply) {
       return refits(command.body.at("count").get<int>(), reply.body);
     });
@@ -186,6 +187,12 @@ class TrainerRole final : public Role {
       }
     }
     reply = {{"refit_s", refit_s}, {"memcpy_s", copy_s}, {"stepped_back", stepped_back_}};
+    return {};
+  }
+
+  Result<void> copy(json& reply) {
+    REFIT_TRY(change());
+    REFIT_TRY_ASSIGN(reply["seconds"], floor_->copy());
     return {};
   }
 
