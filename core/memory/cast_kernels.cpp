@@ -146,7 +146,7 @@ struct CastTable {
   }
 };
 
-const CastTable& table() noexcept {
+const CastTable& cast_table() noexcept {
   static const CastTable instance;
   return instance;
 }
@@ -154,13 +154,13 @@ const CastTable& table() noexcept {
 }  // namespace
 
 const CastKernel* cast_kernels(std::size_t* count) noexcept {
-  *count = table().count;
-  return table().kernels;
+  *count = cast_table().count;
+  return cast_table().kernels;
 }
 
 void cast_elements(Cast cast, std::byte* target, const std::byte* source,
                    std::size_t count) noexcept {
-  const CastFunction loop = table().taken->casts[static_cast<std::size_t>(cast)];
+  const CastFunction loop = cast_table().taken->casts[static_cast<std::size_t>(cast)];
   const std::size_t from = source_unit_bytes(cast);
   const std::size_t to = target_unit_bytes(cast);
 #if defined(__x86_64__)

@@ -210,7 +210,7 @@ struct KernelTable {
   }
 };
 
-const KernelTable& table() noexcept {
+const KernelTable& kernel_table() noexcept {
   static const KernelTable instance;
   return instance;
 }
@@ -218,15 +218,15 @@ const KernelTable& table() noexcept {
 }  // namespace
 
 const CopyKernel* copy_kernels(std::size_t* count) noexcept {
-  *count = table().count;
-  return table().kernels;
+  *count = kernel_table().count;
+  return kernel_table().kernels;
 }
 
-const CopyCandidates& copy_candidates() noexcept { return table().candidates; }
+const CopyCandidates& copy_candidates() noexcept { return kernel_table().candidates; }
 
 void copy_bytes(void* target, const void* source, std::size_t bytes) noexcept {
   if (bytes < kNonTemporalBytesMin) return copy_memcpy(target, source, bytes);
-  table().candidates.kernels.front()->copy(target, source, bytes);
+  kernel_table().candidates.kernels.front()->copy(target, source, bytes);
 }
 
 void copy_fence() noexcept {

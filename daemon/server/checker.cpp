@@ -8,11 +8,6 @@
 #include "server/hashing.hpp"
 
 namespace refit::daemon {
-namespace {
-
-constexpr std::uint64_t kDeadlineUsMax = 3'600'000'000;
-
-}  // namespace
 
 /// One check or digest request, from admission to reply.
 class Checker::CheckOperation final : public Operation {
@@ -74,7 +69,7 @@ Result<std::unique_ptr<Checker::CheckOperation>> Checker::prepare(
   operation->module = std::move(module);
   operation->engines.push_back(std::move(engine));
   operation->hashing.kind = static_cast<DigestKind>(kind);
-  operation->deadline = now + std::chrono::microseconds(std::min(deadline_us, kDeadlineUsMax));
+  operation->deadline = deadline_after(now, deadline_us);
   return operation;
 }
 

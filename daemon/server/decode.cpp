@@ -119,6 +119,11 @@ Result<RegionClaim> decode_region(const wire::Region& region, const std::string&
 
 }  // namespace
 
+Clock::time_point deadline_after(Clock::time_point arrived, std::uint64_t deadline_us) {
+  constexpr std::uint64_t kDeadlineUsMax = 3'600'000'000;
+  return arrived + std::chrono::microseconds(std::min(deadline_us, kDeadlineUsMax));
+}
+
 Result<std::vector<std::string>> decode_tensor_names(const Names* names, const char* what) {
   const ManifestLimits limits;
   std::vector<std::string> copied;

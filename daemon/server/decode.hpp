@@ -14,8 +14,12 @@
 #include "plan/plan.hpp"
 #include "refit/result.hpp"
 #include "refit/types.hpp"
+#include "server/clock.hpp"
 
 namespace refit::daemon {
+
+/// When a request that arrived then is late; an hour at most.
+Clock::time_point deadline_after(Clock::time_point arrived, std::uint64_t deadline_us);
 
 inline constexpr std::size_t kNameBytesMax = 256;  ///< of sessions, engines and modules
 

@@ -48,8 +48,8 @@ bool in_blocks(const CopyOp& op, Take&& take) {
 }
 
 /// The bytes of a block at one of its ends, as a tensor of bytes.
-void describe(TensorSpec& bytes, const CopyOp& block, std::uint64_t run_bytes,
-              std::uint64_t CopyOp::Loop::*stride) {
+void view_as_bytes(TensorSpec& bytes, const CopyOp& block, std::uint64_t run_bytes,
+                   std::uint64_t CopyOp::Loop::*stride) {
   bytes.dtype = DType::uint8;
   bytes.shape.clear();
   bytes.strides.clear();
@@ -105,8 +105,8 @@ EndComparer::Answer EndComparer::compare(const BoundPlan& plan,
 EndComparer::Answer EndComparer::compare_block(const CopyOp& block, const MappedRegion& source,
                                                const MappedRegion& target) {
   const RacingReads racing;
-  describe(source_.bytes, block, block.source_run_bytes(), &CopyOp::Loop::source_stride_bytes);
-  describe(target_.bytes, block, block.run_bytes, &CopyOp::Loop::target_stride_bytes);
+  view_as_bytes(source_.bytes, block, block.source_run_bytes(), &CopyOp::Loop::source_stride_bytes);
+  view_as_bytes(target_.bytes, block, block.run_bytes, &CopyOp::Loop::target_stride_bytes);
   if (!fetch(source_, source, block.source) || !fetch(target_, target, block.target))
     return Answer::unreadable;
   const bool read = run_guarded(ranges_.data(), ranges_.size(), [&] {

@@ -7,6 +7,7 @@
 
 #include "ipc/waiting.hpp"
 #include "log.hpp"
+#include "server/decode.hpp"
 #include "server/several.hpp"
 #include "test_point.hpp"
 
@@ -21,8 +22,6 @@ constexpr std::uint64_t kInlineCopyBytesMax = std::uint64_t{256} << 10;
 /// blocks: a step of a few hundred microseconds ends without a core to wake (some 25 us). It bounds
 /// what any other session waits meanwhile.
 constexpr std::chrono::microseconds kQuickAnswer{400};
-
-constexpr std::uint64_t kDeadlineUsMax = 3'600'000'000;
 
 /// Nobody tells this process that another one's device work is done: it asks, at first often.
 constexpr std::chrono::microseconds kFirstPause{20};
@@ -160,8 +159,7 @@ void Refits::begin(Session& trainer, std::uint64_t request_id, const wire::Refit
   refit.request_id = request_id;
   refit.reset_caches = message.reset_caches();
   refit.arrived = arrived;
-  refit.deadline =
-      arrived + std::chrono::microseconds(std::min(message.deadline_us(), kDeadlineUsMax));
+  refit.deadline = deadline_after(arrived, message.deadline_us());
   refit.transaction.reset(from_wire(message.transaction()));
   refit.engines_ready = false;
   refit.works_on = nullptr;

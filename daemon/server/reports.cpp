@@ -14,7 +14,7 @@
 namespace refit::daemon {
 namespace {
 
-std::uint64_t us_between(Clock::time_point from, Clock::time_point to) {
+std::uint64_t whole_us_between(Clock::time_point from, Clock::time_point to) {
   const auto us = std::chrono::duration_cast<std::chrono::microseconds>(to - from).count();
   return us < 0 ? 0 : static_cast<std::uint64_t>(us);
 }
@@ -69,7 +69,7 @@ flatbuffers::Offset<wire::ModuleMetrics> module_metrics(flatbuffers::FlatBufferB
   return wire::CreateModuleMetrics(
       fbb, engine_name, module_name, engine.peer.uid, static_cast<std::uint8_t>(reading.word.state),
       reading.version, module.refits, registration.manifest->bytes(), proof.has_value(),
-      proof ? proof->version : 0, proof ? us_between(proof->at, now) : 0);
+      proof ? proof->version : 0, proof ? whole_us_between(proof->at, now) : 0);
 }
 
 }  // namespace
@@ -89,7 +89,7 @@ void reply_status(Replies& replies, Session& asker, std::uint64_t request_id,
         restricted ? 0 : static_cast<std::uint32_t>(session->region_count()),
         restricted ? 0 : session->registered_bytes(),
         restricted ? 0 : in_flight_of(*session, asker),
-        restricted ? 0 : us_between(session->connected, facts.now), restricted));
+        restricted ? 0 : whole_us_between(session->connected, facts.now), restricted));
     if (session->role != Role::engine) continue;
     for (const auto& [module_name, module] : session->modules) {
       const ModuleReading reading =
