@@ -1,11 +1,12 @@
-# Compiles the sources of a target as one file for each of their folders, in the sanitizers' builds: parsing headers is
-# most of what those do. scripts/analyse sees to it that the files of a folder go together. The other builds compile file
-# by file, so that a missing include shows.
+# Compiles the sources of targets as one file for each of their folders, because parsing headers is most of what a build
+# does: what ships in the sanitizers' builds, and with ALWAYS in every one. The files of a folder must go together;
+# scripts/analyse sees to it for what ships. Elsewhere that is compiled file by file, so that a missing include shows.
 function(refit_compile_by_folder)
-  if(NOT REFIT_SANITIZER)
+  cmake_parse_arguments(by_folder "ALWAYS" "" "" ${ARGN})
+  if(NOT REFIT_SANITIZER AND NOT by_folder_ALWAYS)
     return()
   endif()
-  foreach(target IN LISTS ARGN)
+  foreach(target IN LISTS by_folder_UNPARSED_ARGUMENTS)
     get_target_property(sources ${target} SOURCES)
     foreach(source IN LISTS sources)
       get_filename_component(folder "${source}" DIRECTORY)

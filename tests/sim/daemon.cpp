@@ -6,18 +6,13 @@
 
 #include "ipc/wire.hpp"
 #include "model.hpp"
+#include "must.hpp"
 
 namespace refit::sim {
 namespace {
 
 constexpr uid_t kUid = 1000;
 constexpr int kRequestsPerTurn = 64;
-
-template <typename T>
-T must(Result<T> result) {
-  REFIT_ASSERT(result.has_value());
-  return std::move(*result);
-}
 
 /// Fresh regions, as Session::open makes them, but for the pages that nobody touches.
 std::shared_ptr<daemon::SessionMemory> make_memory() {

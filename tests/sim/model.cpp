@@ -5,7 +5,7 @@
 #include <algorithm>
 
 #include "link.hpp"
-#include "refit/result.hpp"
+#include "must.hpp"
 
 namespace refit::sim {
 namespace {
@@ -18,12 +18,6 @@ std::string hex(Tag tag) {
   char text[20];
   std::snprintf(text, sizeof text, "%llx", static_cast<unsigned long long>(tag));
   return text;
-}
-
-template <typename T>
-T must(Result<T> result) {
-  REFIT_ASSERT(result.has_value());
-  return std::move(*result);
 }
 
 ModuleReading peek(const ModuleBlock& block) {
