@@ -28,7 +28,7 @@ namespace {
 using namespace std::chrono_literals;
 
 const RefitTarget kTransformer{"flux", "transformer"};
-constexpr std::uint64_t kBytes = 64;
+constexpr std::uint64_t kTensorBytes = 64;
 
 /// What a client says of its device memory; each test spoils one part.
 struct Claim {
@@ -70,7 +70,7 @@ Bytes register_device(const Claim& claim) {
       wire::CreateRegion(fbb, 0, claim.bytes, false, static_cast<wire::RegionKind>(claim.kind),
                          device, piece_list, claim.allocation)};
   const auto tensor_name = fbb.CreateString("t");
-  const auto shape = fbb.CreateVector(std::vector<std::uint64_t>{kBytes});
+  const auto shape = fbb.CreateVector(std::vector<std::uint64_t>{kTensorBytes});
   std::vector<flatbuffers::Offset<wire::Tensor>> tensors{wire::CreateTensor(
       fbb, tensor_name, static_cast<std::uint8_t>(DType::uint8), shape, 0, 0, 0)};
   const auto name = fbb.CreateString("transformer");
@@ -113,7 +113,7 @@ class BadDeviceMemory : public Refit {
   }
   /// Memory of this test, and what its client would say of it.
   struct Shared {
-    DeviceAllocation memory{kind(), 0, kBytes * 64};
+    DeviceAllocation memory{kind(), 0, kTensorBytes * 64};
     std::shared_ptr<SharedDeviceMemory> shared =
         must(share_device_memory(memory.pointer(), memory.bytes(), "the test's"));
     [[nodiscard]] Claim claim() const { return honest(shared->exported()); }
@@ -303,8 +303,8 @@ TEST_P(BadDeviceMemory, DevicesThatTheDaemonDoesNotSeeAreRefused) {
 TEST_P(BadDeviceMemory, MemoryOfSeveralDevicesThatIsOfAnotherThanIsSaidIsRefused) {
   REFIT_NEEDS_DEVICES(2);
   const Shared mine;
-  const DeviceAllocation other(kind(), 1, kBytes);
-  const auto other_shared = must(share_device_memory(other.pointer(), kBytes, "the test's"));
+  const DeviceAllocation other(kind(), 1, kTensorBytes);
+  const auto other_shared = must(share_device_memory(other.pointer(), kTensorBytes, "the test's"));
   Claim claim = mine.claim();
   claim.device = other_shared->exported().device;
   expect_refused(claim, Errc::bad_region, {"wrong/transformer: region 0", "another device"});
@@ -355,7 +355,7 @@ TEST_P(BadDeviceMemory, MemoryOfAProcessThatDiedIsRefused) {
 TEST_P(BadDeviceMemory, WorkThatNeverEndsIsNotWaitedForInTheMiddleOfWriting) {
   CudaExporter trainer;
   trainer.stop_now();
-  Model target("transformer", {{"t", DType::uint8, {kBytes}}});
+  Model target("transformer", {{"t", DType::uint8, {kTensorBytes}}});
   target.fill(3);
   Engine engine = make_engine("held", target);
   const auto before = digests("held", "transformer");

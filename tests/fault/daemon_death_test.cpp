@@ -15,10 +15,6 @@ namespace {
 
 using namespace std::chrono_literals;
 
-constexpr std::uint64_t kOldSeed = 70;
-constexpr std::uint64_t kNewSeed = 71;
-const RefitTarget kWhole{"flux", "transformer"};
-
 class DaemonDeath : public DaemonTest {
  protected:
   DaemonDeath() { reconnect_ = false; }

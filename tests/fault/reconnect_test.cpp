@@ -21,8 +21,6 @@ namespace {
 
 using namespace std::chrono_literals;
 
-const RefitTarget kWhole{"flux", "transformer"};
-
 class Reconnect : public DaemonTest {
  protected:
   void expect_killed() {

@@ -15,8 +15,6 @@ namespace {
 
 using namespace std::chrono_literals;
 
-const RefitTarget kWhole{"flux", "transformer"};
-
 class Sleep : public DaemonTest {
  protected:
   static ino_t inode_of(const Model& model) {

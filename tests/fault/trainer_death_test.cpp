@@ -13,9 +13,6 @@ namespace {
 
 using namespace std::chrono_literals;
 
-constexpr std::uint64_t kOldSeed = 900;
-constexpr std::uint64_t kNewSeed = 901;
-
 class TrainerDeath : public DaemonTest {
  protected:
   bool trainer_is_known() {

@@ -26,6 +26,10 @@
 
 namespace refit::test {
 
+inline const RefitTarget kWhole{"flux", "transformer"};
+inline constexpr std::uint64_t kOldSeed = 70;
+inline constexpr std::uint64_t kNewSeed = 71;
+
 class DaemonTest : public ::testing::Test {
  protected:
   static Deadline soon() { return Deadline::in(std::chrono::seconds(20)); }

@@ -1,5 +1,4 @@
-// What most tests include, read once for all of them (tests/CMakeLists.txt). No file relies on it:
-// one of the builds does not use it.
+// What most tests include, read once for all of them (tests/CMakeLists.txt).
 #pragma once
 
 #include <gtest/gtest.h>

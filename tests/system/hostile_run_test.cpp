@@ -24,21 +24,21 @@ namespace refit::test {
 namespace {
 
 constexpr int kMessages = 2'000;
-constexpr std::size_t kSessions = 6;
+constexpr std::size_t kHostileSessions = 6;
 constexpr std::size_t kRegionBytes = std::size_t{64} << 10;
 
 class Attacker {
  public:
   Attacker(const std::string& socket, std::uint64_t seed)
       : socket_(socket), random_(seed), memory_(honest_memfd(kRegionBytes, F_SEAL_SHRINK)) {
-    for (std::size_t i = 0; i < kSessions; ++i) {
+    for (std::size_t i = 0; i < kHostileSessions; ++i) {
       sessions_.push_back(nullptr);
       renew(i);
     }
   }
 
   void act() {
-    const std::size_t index = pick(kSessions);
+    const std::size_t index = pick(kHostileSessions);
     RawClient& client = *sessions_[index];
     switch (pick(16)) {
       case 0:
@@ -156,7 +156,7 @@ class Attacker {
     client.post(pick(15) == 0 ? static_cast<wire::Opcode>(1 + pick(8)) : opcode, payload);
   }
 
-  std::string engine() { return pick(3) == 0 ? "bystander" : names_of_[pick(kSessions)]; }
+  std::string engine() { return pick(3) == 0 ? "bystander" : names_of_[pick(kHostileSessions)]; }
   std::string module() { return pick(4) == 0 ? "bystander" : "m"; }
 
   Bytes message() {
@@ -203,7 +203,7 @@ class Attacker {
   std::mt19937_64 random_;
   UniqueFd memory_;
   std::vector<std::unique_ptr<RawClient>> sessions_;
-  std::string names_of_[kSessions];
+  std::string names_of_[kHostileSessions];
   wire::Opcode opcode_{};
   int names_ = 0;
   int lost_ = 0;

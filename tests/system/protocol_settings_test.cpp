@@ -18,7 +18,7 @@ namespace {
 using Kind = RawClient::Answer::Kind;
 
 /// Too much to be copied by the loop itself.
-constexpr std::size_t kBytes = std::size_t{1} << 20;
+constexpr std::size_t kMebibyte = std::size_t{1} << 20;
 
 class ProtocolSettings : public DaemonTest {
  protected:
@@ -31,10 +31,10 @@ class ProtocolSettings : public DaemonTest {
   }
   static std::optional<RawClient::Reply> register_all(RawClient& client, std::uint64_t ticket) {
     return client.call(wire::Opcode::register_module,
-                       register_message("m", {{ticket, kBytes}}, {byte_tensor("t", kBytes)}));
+                       register_message("m", {{ticket, kMebibyte}}, {byte_tensor("t", kMebibyte)}));
   }
 
-  UniqueFd memory_ = honest_memfd(kBytes, F_SEAL_SHRINK);
+  UniqueFd memory_ = honest_memfd(kMebibyte, F_SEAL_SHRINK);
 };
 
 // Method: the ticket is sent before the silent connection begins, so it outlives that one only if
@@ -84,7 +84,7 @@ TEST_F(ProtocolSettings, SleepInTheMiddleOfAWriteIsRefusedByTheDaemonItself) {
   ASSERT_TRUE(sut.send_ticket(1, memory_.get()));
   ASSERT_EQ(register_all(sut, 1)->code, Errc::ok);
   RawClient trainer = RawClient::joined(socket_, Role::trainer, "trainer");
-  const UniqueFd source = honest_memfd(kBytes, F_SEAL_SHRINK);
+  const UniqueFd source = honest_memfd(kMebibyte, F_SEAL_SHRINK);
   ASSERT_TRUE(trainer.send_ticket(1, source.get()));
   ASSERT_EQ(register_all(trainer, 1)->code, Errc::ok);
   trainer.post(wire::Opcode::refit, refit_message({1, 2}, {{"flux", "m", "m"}}));

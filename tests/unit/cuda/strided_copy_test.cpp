@@ -103,8 +103,8 @@ class Copies {
           to += rest % counts[i] * copy.loops[i].target_stride_bytes;
           rest /= counts[i];
         }
-        test::cast_by_definition(cast_, expected_.data() + to, source_.data() + from,
-                                 run_units * to_bytes_);
+        refit::test::cast_by_definition(cast_, expected_.data() + to, source_.data() + from,
+                                        run_units * to_bytes_);
       }
     } else {
       begins_[part] = 0;
@@ -182,7 +182,7 @@ TEST(StridedCopy, IsRightForEveryNumberOfUnitsAroundATile) {
 
 TEST(StridedCopy, IsRightForStridesOfUpToEightDimensions) {
   for (const Kind& kind : all_kinds()) {
-    for (unsigned seed = 0; seed < test::rounds(20); ++seed) {
+    for (unsigned seed = 0; seed < refit::test::rounds(20); ++seed) {
       Copies sut(kind.cast, kind.unit_bytes, seed);
       sut.add(3, {2, 2, 1, 2, 3, 1, 2, 2}, StridedCopy::kStays, true);
       sut.add(1, {7, 5, 11}, StridedCopy::kStays, true);
@@ -198,7 +198,7 @@ TEST(StridedCopy, IsRightForStridesOfUpToEightDimensions) {
 // the whole context. Method: UBSan sees a misaligned access.
 TEST(StridedCopy, IsRightForEndsAndStridesOfAnyAlignment) {
   for (const Kind& kind : all_kinds()) {
-    for (unsigned seed = 0; seed < test::rounds(20); ++seed) {
+    for (unsigned seed = 0; seed < refit::test::rounds(20); ++seed) {
       Copies sut(kind.cast, kind.unit_bytes, seed);
       for (std::uint64_t i = 0; i < 8; ++i) sut.add(1 + i, {3, 4}, StridedCopy::kStays, false);
       sut.add(1000, {}, StridedCopy::kStays, false);
@@ -211,7 +211,7 @@ TEST(StridedCopy, IsRightForEndsAndStridesOfAnyAlignment) {
 // of a tile and over several.
 TEST(StridedCopy, WritesPartsWhereTheyBeginAndLeavesAbsentOnesOut) {
   for (const Kind& kind : all_kinds()) {
-    for (unsigned seed = 0; seed < test::rounds(8); ++seed) {
+    for (unsigned seed = 0; seed < refit::test::rounds(8); ++seed) {
       for (const bool aligned : {true, false}) {
         Copies sut(kind.cast, kind.unit_bytes, seed);
         sut.add(7, {3}, 0, aligned);

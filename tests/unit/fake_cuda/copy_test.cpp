@@ -5,16 +5,16 @@
 namespace fakecuda::test {
 namespace {
 
-constexpr std::size_t kBytes = 5 * 4096 + 321;
+constexpr std::size_t kCopyBytes = 5 * 4096 + 321;
 
 class FakeCopy : public FakeCuda {
  protected:
   void SetUp() override {
     FakeCuda::SetUp();
     stream_ = make_stream();
-    from_ = allocate(kBytes);
-    to_ = allocate(kBytes);
-    MUST(cuda().cuMemsetD8Async(from_, 7, kBytes, stream_));
+    from_ = allocate(kCopyBytes);
+    to_ = allocate(kCopyBytes);
+    MUST(cuda().cuMemsetD8Async(from_, 7, kCopyBytes, stream_));
     MUST(cuda().cuStreamSynchronize(stream_));
   }
   void TearDown() override {
@@ -35,7 +35,7 @@ class FakeCopy : public FakeCuda {
     BatchArguments made;
     made.to = {to_, to_ + 4096};
     made.from = {from_, from_ + 4096};
-    made.bytes = {4096, kBytes - 4096};
+    made.bytes = {4096, kCopyBytes - 4096};
     made.attributes[0].srcAccessOrder = order;
     return made;
   }
@@ -58,17 +58,17 @@ class FakeCopy : public FakeCuda {
 TEST_F(FakeCopy, EveryWayMovesTheBytes) {
   const auto expect_moved = [&] {
     MUST(cuda().cuStreamSynchronize(stream_));
-    EXPECT_TRUE(device_is_all(to_, kBytes, 7));
-    MUST(cuda().cuMemsetD8Async(to_, 0, kBytes, stream_));
+    EXPECT_TRUE(device_is_all(to_, kCopyBytes, 7));
+    MUST(cuda().cuMemsetD8Async(to_, 0, kCopyBytes, stream_));
     MUST(cuda().cuStreamSynchronize(stream_));
   };
-  MUST(cuda().cuMemcpyAsync(to_, from_, kBytes, stream_));
+  MUST(cuda().cuMemcpyAsync(to_, from_, kCopyBytes, stream_));
   expect_moved();
-  MUST(cuda().cuMemcpyDtoDAsync(to_, from_, kBytes, stream_));
+  MUST(cuda().cuMemcpyDtoDAsync(to_, from_, kCopyBytes, stream_));
   expect_moved();
-  MUST(cuda().cuMemcpyPeerAsync(to_, contexts_[0], from_, contexts_[1], kBytes, stream_));
+  MUST(cuda().cuMemcpyPeerAsync(to_, contexts_[0], from_, contexts_[1], kCopyBytes, stream_));
   expect_moved();
-  MUST(cuda().cuMemcpyDtoD(to_, from_, kBytes));
+  MUST(cuda().cuMemcpyDtoD(to_, from_, kCopyBytes));
   expect_moved();
   MUST(batch(two_copies(), stream_));
   expect_moved();
@@ -76,9 +76,9 @@ TEST_F(FakeCopy, EveryWayMovesTheBytes) {
   MUST(old_batch(two_copies(), &failed, stream_));
   expect_moved();
   {
-    Pinned host(kBytes);
-    MUST(cuda().cuMemcpyDtoHAsync(host.data(), from_, kBytes, stream_));
-    MUST(cuda().cuMemcpyHtoDAsync(to_, host.data(), kBytes, stream_));
+    Pinned host(kCopyBytes);
+    MUST(cuda().cuMemcpyDtoHAsync(host.data(), from_, kCopyBytes, stream_));
+    MUST(cuda().cuMemcpyHtoDAsync(to_, host.data(), kCopyBytes, stream_));
     expect_moved();
   }
 
@@ -166,16 +166,16 @@ TEST_F(FakeCopy, SourceIsReadWhenTheAttributeAllows) {
     for (const auto order :
          {CU_MEMCPY_SRC_ACCESS_ORDER_STREAM, CU_MEMCPY_SRC_ACCESS_ORDER_DURING_API_CALL,
           CU_MEMCPY_SRC_ACCESS_ORDER_ANY}) {
-      Pinned source(kBytes, 1);
-      MUST(cuda().cuMemsetD8Async(source.address(), 2, kBytes, stream_));
+      Pinned source(kCopyBytes, 1);
+      MUST(cuda().cuMemsetD8Async(source.address(), 2, kCopyBytes, stream_));
       BatchArguments arguments = two_copies(order);
       arguments.to.resize(1);
       arguments.from = {source.address()};
-      arguments.bytes = {kBytes};
+      arguments.bytes = {kCopyBytes};
       MUST(batch(arguments, stream_));
       MUST(cuda().cuStreamSynchronize(stream_));
-      const bool late = device_is_all(to_, kBytes, 2);
-      EXPECT_TRUE(late || device_is_all(to_, kBytes, 1));
+      const bool late = device_is_all(to_, kCopyBytes, 2);
+      EXPECT_TRUE(late || device_is_all(to_, kCopyBytes, 1));
       if (order == CU_MEMCPY_SRC_ACCESS_ORDER_ANY) {
         ++seen[late ? 1 : 0];
       } else {
@@ -187,18 +187,18 @@ TEST_F(FakeCopy, SourceIsReadWhenTheAttributeAllows) {
 }
 
 TEST_F(FakeCopy, PointersAreCheckedWhenAsked) {
-  EXPECT_EQ(cuda().cuMemcpyAsync(to_, from_ + 1, kBytes, stream_), CUDA_ERROR_INVALID_VALUE);
+  EXPECT_EQ(cuda().cuMemcpyAsync(to_, from_ + 1, kCopyBytes, stream_), CUDA_ERROR_INVALID_VALUE);
   EXPECT_TRUE(violated("past the end"));
-  EXPECT_EQ(cuda().cuMemcpyDtoD(to_ + kBytes, from_, 1), CUDA_ERROR_INVALID_VALUE);
+  EXPECT_EQ(cuda().cuMemcpyDtoD(to_ + kCopyBytes, from_, 1), CUDA_ERROR_INVALID_VALUE);
   EXPECT_TRUE(violated("in no allocation"));
-  const CUdeviceptr stale = allocate(kBytes);
+  const CUdeviceptr stale = allocate(kCopyBytes);
   MUST(cuda().cuMemFree(stale));
   EXPECT_EQ(cuda().cuMemcpyAsync(to_, stale, 1, stream_), CUDA_ERROR_INVALID_VALUE);
   EXPECT_TRUE(violated("was freed"));
-  std::vector<unsigned char> pageable(kBytes, 9);
-  MUST(cuda().cuMemcpyHtoDAsync(to_, pageable.data(), kBytes, stream_));
+  std::vector<unsigned char> pageable(kCopyBytes, 9);
+  MUST(cuda().cuMemcpyHtoDAsync(to_, pageable.data(), kCopyBytes, stream_));
   EXPECT_TRUE(violated("pageable"));
-  EXPECT_TRUE(device_is_all(to_, kBytes, 9));
+  EXPECT_TRUE(device_is_all(to_, kCopyBytes, 9));
 }
 
 }  // namespace

@@ -12,7 +12,7 @@ namespace {
 
 using namespace std::string_literals;
 
-constexpr std::size_t kBytes = 3 * 4096 + 5;
+constexpr std::size_t kSharedBytes = 3 * 4096 + 5;
 constexpr std::size_t kPhysicalBytes = std::size_t{2} << 20;
 
 class FakeIpc : public FakeCuda {
@@ -135,7 +135,7 @@ TEST_F(FakeRefit, EveryMissingWaitShowsEveryTimeWhenAllIsLazy) {
 }
 
 TEST_F(FakeIpc, HandlesAreOpaqueAndOpenOnlyElsewhere) {
-  const CUdeviceptr pointer = allocate(kBytes);
+  const CUdeviceptr pointer = allocate(kSharedBytes);
   CUipcMemHandle first{};
   CUipcMemHandle second{};
   MUST(cuda().cuIpcGetMemHandle(&first, pointer));
@@ -177,7 +177,7 @@ TEST_F(FakeIpc, HandlesAreOpaqueAndOpenOnlyElsewhere) {
 
 // Goal: the documentation forbids to free what others have open; here both sides hear of it.
 TEST_F(FakeIpc, FreeWhileImportedIsSeenOnBothSides) {
-  const CUdeviceptr pointer = allocate(kBytes);
+  const CUdeviceptr pointer = allocate(kSharedBytes);
   const Peer peer;
   ASSERT_EQ(peer.ask(open_question(pointer)).result, CUDA_SUCCESS);
   EXPECT_EQ(peer.ask(question(Order::read_kept)).violations, 0U);
@@ -196,7 +196,7 @@ TEST_F(FakeIpc, FreeWhileImportedIsSeenOnBothSides) {
 
 // Goal: a killed importer does not count as one.
 TEST_F(FakeIpc, FreeAfterTheImporterWasKilledIsFine) {
-  const CUdeviceptr pointer = allocate(kBytes);
+  const CUdeviceptr pointer = allocate(kSharedBytes);
   Peer peer;
   ASSERT_EQ(peer.ask(open_question(pointer)).result, CUDA_SUCCESS);
   peer.kill_now();
@@ -207,7 +207,7 @@ TEST_F(FakeIpc, FreeAfterTheImporterWasKilledIsFine) {
 // dead.
 TEST_F(FakeIpc, ExportersDeathIsSurvived) {
   Question ask = question(Order::export_both);
-  ask.bytes = kBytes;
+  ask.bytes = kSharedBytes;
   for (const std::string& setting : {"poison"s, "keep"s, "fault"s}) {
     configure({{"EXPORTER_DEATH", setting}});
     Peer peer;
@@ -231,7 +231,7 @@ TEST_F(FakeIpc, ExportersDeathIsSurvived) {
       EXPECT_EQ(cuda().cuMemcpyDtoH(&byte, pointer, 1), CUDA_ERROR_ILLEGAL_ADDRESS);
       cuda().control.recover();
     } else {
-      EXPECT_TRUE(device_is_all(pointer, kBytes, setting == "keep" ? 0xfb : 0xdd));
+      EXPECT_TRUE(device_is_all(pointer, kSharedBytes, setting == "keep" ? 0xfb : 0xdd));
     }
     MUST(cuda().cuEventDestroy(event));
     MUST(cuda().cuIpcCloseMemHandle(pointer));
@@ -249,7 +249,7 @@ TEST_F(FakeIpc, ExportersDeathIsSurvived) {
 // and not waited for, so that it dies in the middle of any of them.
 TEST_F(FakeIpc, KilledAtAnyMomentItHoldsUpNobody) {
   Question ask = question(Order::export_both);
-  ask.bytes = kBytes;
+  ask.bytes = kSharedBytes;
   for (int round = 0; round < 30; ++round) {
     Peer peer;
     const Answer exported = peer.ask(ask);
@@ -261,7 +261,7 @@ TEST_F(FakeIpc, KilledAtAnyMomentItHoldsUpNobody) {
     const CUstream stream = make_stream();
     for (int i = 0; i < round; ++i) peer.tell(question(Order::record));
     MUST(cuda().cuEventRecord(event, stream));
-    MUST(cuda().cuMemsetD8Async(pointer, 1, kBytes, stream));
+    MUST(cuda().cuMemsetD8Async(pointer, 1, kSharedBytes, stream));
     peer.kill_now();
     MUST(cuda().cuEventSynchronize(event));
     MUST(cuda().cuStreamSynchronize(stream));
@@ -275,7 +275,7 @@ TEST_F(FakeIpc, KilledAtAnyMomentItHoldsUpNobody) {
 TEST_F(FakeIpc, WaiterMakesTheOtherProcessWork) {
   Peer peer;
   Question ask = question(Order::export_both);
-  ask.bytes = kBytes;
+  ask.bytes = kSharedBytes;
   const Answer exported = peer.ask(ask);
   ASSERT_EQ(exported.result, CUDA_SUCCESS);
   CUdeviceptr pointer = 0;
@@ -286,9 +286,9 @@ TEST_F(FakeIpc, WaiterMakesTheOtherProcessWork) {
     Question fill = question(Order::record);
     fill.number = round;
     ASSERT_EQ(peer.ask(fill).result, CUDA_SUCCESS);
-    EXPECT_FALSE(device_is_all(pointer, kBytes, round));
+    EXPECT_FALSE(device_is_all(pointer, kSharedBytes, round));
     MUST(cuda().cuEventSynchronize(event));
-    EXPECT_TRUE(device_is_all(pointer, kBytes, round));
+    EXPECT_TRUE(device_is_all(pointer, kSharedBytes, round));
   }
   MUST(cuda().cuIpcCloseMemHandle(pointer));
   ASSERT_EQ(peer.ask(question(Order::free_export)).result, CUDA_SUCCESS);
@@ -300,7 +300,7 @@ TEST_F(FakeIpc, WaiterMakesTheOtherProcessWork) {
 TEST_F(FakeIpc, OtherUserIsRefusedUnlessAllowed) {
   if (::getuid() != 0) GTEST_SKIP() << "NOT TESTED: only root can start a peer of another uid";
   ASSERT_EQ(::chmod(directory().c_str(), 0777), 0);
-  const CUdeviceptr pointer = allocate(kBytes);
+  const CUdeviceptr pointer = allocate(kSharedBytes);
   constexpr unsigned int kNobody = 65534;
   {
     const Peer stranger({}, kNobody);
@@ -316,7 +316,7 @@ TEST_F(FakeIpc, OtherUserIsRefusedUnlessAllowed) {
 // Goal: devices are hidden and renumbered as by CUDA_VISIBLE_DEVICES; memory of one without a
 // device node cannot be imported.
 TEST_F(FakeIpc, HiddenAndAbsentDevices) {
-  const CUdeviceptr pointer = allocate(kBytes);
+  const CUdeviceptr pointer = allocate(kSharedBytes);
   const Peer hidden(Environment{{"CUDA_VISIBLE_DEVICES", "1"}});
   EXPECT_EQ(hidden.ask(question(Order::device_count)).value, 1U);
   EXPECT_EQ(hidden.ask(open_question(pointer)).result, CUDA_SUCCESS);
@@ -331,7 +331,7 @@ TEST_F(FakeIpc, HiddenAndAbsentDevices) {
 
 TEST_F(FakeIpc, DevicesAreAsTheEnvironmentSays) {
   Question ask = question(Order::export_both);
-  ask.bytes = kBytes;
+  ask.bytes = kSharedBytes;
   const std::pair<const char*, CUresult> cases[] = {{"ipc=0", CUDA_ERROR_NOT_SUPPORTED},
                                                     {"vmm=0", CUDA_ERROR_NOT_SUPPORTED},
                                                     {"memory=1M", CUDA_ERROR_OUT_OF_MEMORY},

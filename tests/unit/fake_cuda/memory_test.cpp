@@ -7,7 +7,7 @@
 namespace fakecuda::test {
 namespace {
 
-constexpr std::size_t kBytes = 3 * 4096 + 17;
+constexpr std::size_t kMemoryBytes = 3 * 4096 + 17;
 
 class FakeMemory : public FakeCuda {
  protected:
@@ -23,17 +23,17 @@ class FakeMemory : public FakeCuda {
 };
 
 TEST_F(FakeMemory, AllocationsAreFreshAndTold) {
-  const CUdeviceptr pointer = allocate(kBytes);
-  EXPECT_TRUE(device_is_all(pointer, kBytes, 0xfb)) << "uninitialised memory reads as zeros";
+  const CUdeviceptr pointer = allocate(kMemoryBytes);
+  EXPECT_TRUE(device_is_all(pointer, kMemoryBytes, 0xfb)) << "uninitialised memory reads as zeros";
   CUdeviceptr base = 0;
   std::size_t bytes = 0;
   MUST(cuda().cuMemGetAddressRange(&base, &bytes, pointer + 100));
   EXPECT_EQ(base, pointer);
-  EXPECT_EQ(bytes, kBytes);
+  EXPECT_EQ(bytes, kMemoryBytes);
   std::size_t free_bytes = 0;
   std::size_t total = 0;
   MUST(cuda().cuMemGetInfo(&free_bytes, &total));
-  EXPECT_EQ(total - free_bytes, kBytes);
+  EXPECT_EQ(total - free_bytes, kMemoryBytes);
   CUdeviceptr too_large = 0;
   EXPECT_EQ(cuda().cuMemAlloc(&too_large, total), CUDA_ERROR_OUT_OF_MEMORY);
   EXPECT_EQ(cuda().cuMemAlloc(&too_large, 0), CUDA_ERROR_INVALID_VALUE);
@@ -45,13 +45,13 @@ TEST_F(FakeMemory, AllocationsAreFreshAndTold) {
 // Goal: a client can tell by the driver alone how a pointer may be shared.
 TEST_F(FakeMemory, PointersAreToldApart) {
   const CUstream stream = make_stream();
-  const CUdeviceptr legacy = allocate(kBytes);
+  const CUdeviceptr legacy = allocate(kMemoryBytes);
   CUdeviceptr pool = 0;
   CUdeviceptr managed = 0;
-  MUST(cuda().cuMemAllocAsync(&pool, kBytes, stream));
-  MUST(cuda().cuMemAllocManaged(&managed, kBytes, CU_MEM_ATTACH_GLOBAL));
+  MUST(cuda().cuMemAllocAsync(&pool, kMemoryBytes, stream));
+  MUST(cuda().cuMemAllocManaged(&managed, kMemoryBytes, CU_MEM_ATTACH_GLOBAL));
   {
-    Pinned host(kBytes);
+    Pinned host(kMemoryBytes);
     EXPECT_EQ(attribute<unsigned>(CU_POINTER_ATTRIBUTE_MEMORY_TYPE, host.address()),
               CU_MEMORYTYPE_HOST);
     EXPECT_FALSE(is_legacy(host.address()));
@@ -65,7 +65,7 @@ TEST_F(FakeMemory, PointersAreToldApart) {
   EXPECT_EQ(attribute<CUmemoryPool>(CU_POINTER_ATTRIBUTE_MEMPOOL_HANDLE, legacy), nullptr);
   EXPECT_EQ(attribute<std::uint64_t>(CU_POINTER_ATTRIBUTE_ALLOWED_HANDLE_TYPES, pool), 0U);
   EXPECT_EQ(attribute<CUdeviceptr>(CU_POINTER_ATTRIBUTE_RANGE_START_ADDR, legacy + 9), legacy);
-  EXPECT_EQ(attribute<std::size_t>(CU_POINTER_ATTRIBUTE_RANGE_SIZE, legacy + 9), kBytes);
+  EXPECT_EQ(attribute<std::size_t>(CU_POINTER_ATTRIBUTE_RANGE_SIZE, legacy + 9), kMemoryBytes);
   EXPECT_EQ(attribute<int>(CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, legacy), 0);
   EXPECT_EQ(attribute<CUcontext>(CU_POINTER_ATTRIBUTE_CONTEXT, legacy), contexts_[0]);
   CUipcMemHandle handle{};
@@ -98,13 +98,13 @@ TEST_F(FakeMemory, PointersAreToldApart) {
 TEST_F(FakeMemory, AddressesAreReusedOnRequest) {
   for (const bool reuse : {false, true}) {
     configure({{"REUSE_ADDRESSES", reuse ? "1" : "0"}});
-    const CUdeviceptr first = allocate(kBytes);
+    const CUdeviceptr first = allocate(kMemoryBytes);
     const auto id = attribute<std::uint64_t>(CU_POINTER_ATTRIBUTE_BUFFER_ID, first);
     MUST(cuda().cuMemFree(first));
-    const CUdeviceptr second = allocate(kBytes);
+    const CUdeviceptr second = allocate(kMemoryBytes);
     EXPECT_EQ(first == second, reuse);
     EXPECT_NE(attribute<std::uint64_t>(CU_POINTER_ATTRIBUTE_BUFFER_ID, second), id);
-    EXPECT_TRUE(device_is_all(second, kBytes, 0xfb));
+    EXPECT_TRUE(device_is_all(second, kMemoryBytes, 0xfb));
     MUST(cuda().cuMemFree(second));
   }
 }
@@ -124,8 +124,8 @@ TEST_F(FakeMemory, TenThousandAllocationsLeaveNothing) {
 // then on everything fails.
 TEST_F(FakeMemory, FreeWithPendingWorkLosesTheDevice) {
   const CUstream stream = make_stream();
-  const CUdeviceptr pointer = allocate(kBytes);
-  const CUdeviceptr other = allocate(kBytes);
+  const CUdeviceptr pointer = allocate(kMemoryBytes);
+  const CUdeviceptr other = allocate(kMemoryBytes);
   MUST(cuda().cuMemsetD8Async(pointer, 1, 10, stream));
   MUST(cuda().cuMemFree(pointer));
   EXPECT_TRUE(violated("while work on it is pending"));

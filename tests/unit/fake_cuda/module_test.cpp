@@ -7,7 +7,7 @@
 namespace fakecuda::test {
 namespace {
 
-constexpr std::size_t kBytes = 1000;
+constexpr std::size_t kKernelBytes = 1000;
 
 /// to[i] = from[i] + addend for the first count bytes.
 void run_add(const FakeCudaLaunch* launch) {
@@ -69,23 +69,23 @@ TEST_F(FakeModule, KernelRunsInOrderAndInBounds) {
   MUST(cuda().cuModuleGetFunction(&function, module, "fake_add"));
 
   const CUstream stream = make_stream();
-  CUdeviceptr to = allocate(kBytes);
-  CUdeviceptr from = allocate(kBytes);
-  std::uint32_t count = kBytes;
+  CUdeviceptr to = allocate(kKernelBytes);
+  CUdeviceptr from = allocate(kKernelBytes);
+  std::uint32_t count = kKernelBytes;
   unsigned char addend = 3;
   void* parameters[] = {&to, &from, &count, &addend};
   const auto launch = [&] {
     return cuda().cuLaunchKernel(function, 4, 1, 1, 256, 1, 1, 0, stream, parameters, nullptr);
   };
-  MUST(cuda().cuMemsetD8Async(from, 4, kBytes, stream));
+  MUST(cuda().cuMemsetD8Async(from, 4, kKernelBytes, stream));
   MUST(launch());
   addend = 100;
   MUST(cuda().cuStreamSynchronize(stream));
-  EXPECT_TRUE(device_is_all(to, kBytes, 7));
+  EXPECT_TRUE(device_is_all(to, kKernelBytes, 7));
   EXPECT_EQ(cuda().cuLaunchKernel(function, 4, 1, 1, 2048, 1, 1, 0, stream, parameters, nullptr),
             CUDA_ERROR_INVALID_VALUE);
 
-  count = kBytes + 1;
+  count = kKernelBytes + 1;
   MUST(launch());
   EXPECT_EQ(cuda().cuStreamSynchronize(stream), CUDA_ERROR_ILLEGAL_ADDRESS);
   EXPECT_TRUE(violated("past the end"));
@@ -94,19 +94,19 @@ TEST_F(FakeModule, KernelRunsInOrderAndInBounds) {
   // Of the other device it needs peer access, where a copy does not.
   MUST(cuda().cuMemFree(from));
   MUST(cuda().cuCtxPushCurrent(contexts_[1]));
-  from = allocate(kBytes);
+  from = allocate(kKernelBytes);
   MUST(cuda().cuCtxPopCurrent(nullptr));
-  count = kBytes;
+  count = kKernelBytes;
   MUST(launch());
   EXPECT_EQ(cuda().cuStreamSynchronize(stream), CUDA_ERROR_ILLEGAL_ADDRESS);
   EXPECT_TRUE(violated("peer access"));
   cuda().control.recover();
-  MUST(cuda().cuMemcpyAsync(to, from, kBytes, stream));
+  MUST(cuda().cuMemcpyAsync(to, from, kKernelBytes, stream));
   MUST(cuda().cuStreamSynchronize(stream));
   MUST(cuda().cuCtxEnablePeerAccess(contexts_[1], 0));
   MUST(launch());
   MUST(cuda().cuStreamSynchronize(stream));
-  EXPECT_TRUE(device_is_all(to, kBytes, static_cast<unsigned char>(0xfb + addend)));
+  EXPECT_TRUE(device_is_all(to, kKernelBytes, static_cast<unsigned char>(0xfb + addend)));
   MUST(cuda().cuMemFree(to));
   MUST(cuda().cuMemFree(from));
   MUST(cuda().cuStreamDestroy(stream));

@@ -8,7 +8,7 @@
 namespace fakecuda::test {
 namespace {
 
-constexpr std::size_t kBytes = 64 * 1024 + 123;
+constexpr std::size_t kStreamBytes = 64 * 1024 + 123;
 
 class FakeStream : public FakeCuda {};
 
@@ -18,8 +18,8 @@ TEST_F(FakeStream, WorkRunsAtOnceOrWhenItIsNeeded) {
   for (const bool eager : {true, false}) {
     configure({{"SCHEDULE", eager ? "eager" : "lazy"}});
     const CUstream stream = make_stream();
-    Pinned host(kBytes, 1);
-    MUST(cuda().cuMemsetD8Async(host.address(), 2, kBytes, stream));
+    Pinned host(kStreamBytes, 1);
+    MUST(cuda().cuMemsetD8Async(host.address(), 2, kStreamBytes, stream));
     EXPECT_TRUE(host.is_all(eager ? 2 : 1));
     MUST(cuda().cuStreamSynchronize(stream));
     EXPECT_TRUE(host.is_all(2));
@@ -29,11 +29,11 @@ TEST_F(FakeStream, WorkRunsAtOnceOrWhenItIsNeeded) {
 
 TEST_F(FakeStream, PatternGivesEachStreamItsSchedule) {
   configure({{"SCHEDULE", "eager,lazy"}});
-  Pinned hosts[] = {Pinned(kBytes, 1), Pinned(kBytes, 1), Pinned(kBytes, 1)};
+  Pinned hosts[] = {Pinned(kStreamBytes, 1), Pinned(kStreamBytes, 1), Pinned(kStreamBytes, 1)};
   std::vector<CUstream> streams;
   for (Pinned& host : hosts) {
     streams.push_back(make_stream());
-    MUST(cuda().cuMemsetD8Async(host.address(), 2, kBytes, streams.back()));
+    MUST(cuda().cuMemsetD8Async(host.address(), 2, kStreamBytes, streams.back()));
   }
   EXPECT_TRUE(hosts[0].is_all(2));
   EXPECT_TRUE(hosts[1].is_all(1));
@@ -48,9 +48,9 @@ TEST_F(FakeStream, BlockingCopyWaitsForBlockingStreamsOnly) {
   for (const unsigned int flags : {CU_STREAM_DEFAULT, CU_STREAM_NON_BLOCKING}) {
     CUstream stream = nullptr;
     MUST(cuda().cuStreamCreateWithPriority(&stream, flags, -100));
-    const CUdeviceptr device = allocate(kBytes);
-    MUST(cuda().cuMemsetD8Async(device, 5, kBytes, stream));
-    EXPECT_EQ(device_is_all(device, kBytes, 5), flags == CU_STREAM_DEFAULT);
+    const CUdeviceptr device = allocate(kStreamBytes);
+    MUST(cuda().cuMemsetD8Async(device, 5, kStreamBytes, stream));
+    EXPECT_EQ(device_is_all(device, kStreamBytes, 5), flags == CU_STREAM_DEFAULT);
     MUST(cuda().cuStreamSynchronize(stream));
     MUST(cuda().cuMemFree(device));
     MUST(cuda().cuStreamDestroy(stream));
@@ -61,9 +61,9 @@ TEST_F(FakeStream, BlockingCopyWaitsForBlockingStreamsOnly) {
 TEST_F(FakeStream, PollingEnds) {
   const CUstream stream = make_stream();
   const CUevent event = make_event();
-  Pinned host(kBytes, 1);
+  Pinned host(kStreamBytes, 1);
   for (const bool by_event : {true, false}) {
-    MUST(cuda().cuMemsetD8Async(host.address(), 2, kBytes, stream));
+    MUST(cuda().cuMemsetD8Async(host.address(), 2, kStreamBytes, stream));
     MUST(cuda().cuEventRecord(event, stream));
     const auto poll = [&] {
       return by_event ? cuda().cuEventQuery(event) : cuda().cuStreamQuery(stream);
@@ -85,12 +85,12 @@ TEST_F(FakeStream, RecordsOfOneEventAreToldApart) {
   const CUstream quick = make_stream();
   const CUstream waiting = make_stream();
   const CUevent event = make_event();
-  Pinned first(kBytes, 1);
-  Pinned copy(kBytes, 0);
-  MUST(cuda().cuMemsetD8Async(first.address(), 2, kBytes, slow));
+  Pinned first(kStreamBytes, 1);
+  Pinned copy(kStreamBytes, 0);
+  MUST(cuda().cuMemsetD8Async(first.address(), 2, kStreamBytes, slow));
   MUST(cuda().cuEventRecord(event, slow));
   MUST(cuda().cuStreamWaitEvent(waiting, event, 0));
-  MUST(cuda().cuMemcpyAsync(copy.address(), first.address(), kBytes, waiting));
+  MUST(cuda().cuMemcpyAsync(copy.address(), first.address(), kStreamBytes, waiting));
   MUST(cuda().cuEventRecord(event, quick));
   MUST(cuda().cuEventSynchronize(event));
   EXPECT_TRUE(first.is_all(1)) << "the first record's work ran for the second";
@@ -107,12 +107,12 @@ TEST_F(FakeStream, ManyPendingRecordsAreNotLost) {
   const CUstream waiting = make_stream();
   const CUstream later = make_stream();
   const CUevent event = make_event();
-  Pinned source(kBytes, 1);
-  Pinned copy(kBytes, 0);
-  MUST(cuda().cuMemsetD8Async(source.address(), 2, kBytes, first));
+  Pinned source(kStreamBytes, 1);
+  Pinned copy(kStreamBytes, 0);
+  MUST(cuda().cuMemsetD8Async(source.address(), 2, kStreamBytes, first));
   MUST(cuda().cuEventRecord(event, first));
   MUST(cuda().cuStreamWaitEvent(waiting, event, 0));
-  MUST(cuda().cuMemcpyAsync(copy.address(), source.address(), kBytes, waiting));
+  MUST(cuda().cuMemcpyAsync(copy.address(), source.address(), kStreamBytes, waiting));
   for (int i = 0; i < 200; ++i) MUST(cuda().cuEventRecord(event, later));
   MUST(cuda().cuStreamSynchronize(waiting));
   EXPECT_TRUE(copy.is_all(2));
@@ -162,13 +162,15 @@ TEST_F(FakeStream, ThreadsDoNotDisturbEachOther) {
     threads.emplace_back([&, value] {
       EXPECT_EQ(cuda().cuCtxPushCurrent(contexts_[0]), CUDA_SUCCESS);
       const CUstream stream = make_stream();
-      const CUdeviceptr device = allocate(kBytes);
+      const CUdeviceptr device = allocate(kStreamBytes);
       for (int round = 0; round < 20; ++round) {
-        Pinned host(kBytes, value);
-        EXPECT_EQ(cuda().cuMemcpyHtoDAsync(device, host.data(), kBytes, stream), CUDA_SUCCESS);
+        Pinned host(kStreamBytes, value);
+        EXPECT_EQ(cuda().cuMemcpyHtoDAsync(device, host.data(), kStreamBytes, stream),
+                  CUDA_SUCCESS);
         EXPECT_EQ(cuda().cuStreamSynchronize(stream), CUDA_SUCCESS);
-        std::memset(host.data(), 0, kBytes);
-        EXPECT_EQ(cuda().cuMemcpyDtoHAsync(host.data(), device, kBytes, stream), CUDA_SUCCESS);
+        std::memset(host.data(), 0, kStreamBytes);
+        EXPECT_EQ(cuda().cuMemcpyDtoHAsync(host.data(), device, kStreamBytes, stream),
+                  CUDA_SUCCESS);
         EXPECT_EQ(cuda().cuStreamSynchronize(stream), CUDA_SUCCESS);
         right += host.is_all(value) ? 1 : 0;
       }
@@ -183,18 +185,19 @@ TEST_F(FakeStream, ThreadsDoNotDisturbEachOther) {
 TEST_F(FakeStream, MisuseIsSeen) {
   const CUstream stream = make_stream();
   const CUevent event = make_event();
-  Pinned host(kBytes);
+  Pinned host(kStreamBytes);
 
-  EXPECT_NE(cuda().cuMemsetD8Async(host.address(), 1, kBytes, nullptr), CUDA_SUCCESS);
+  EXPECT_NE(cuda().cuMemsetD8Async(host.address(), 1, kStreamBytes, nullptr), CUDA_SUCCESS);
   EXPECT_TRUE(violated("NULL stream"));
-  EXPECT_NE(cuda().cuMemsetD8Async(host.address(), 1, kBytes, CU_STREAM_LEGACY), CUDA_SUCCESS);
+  EXPECT_NE(cuda().cuMemsetD8Async(host.address(), 1, kStreamBytes, CU_STREAM_LEGACY),
+            CUDA_SUCCESS);
   EXPECT_TRUE(violated("NULL stream"));
 
   EXPECT_EQ(cuda().cuStreamWaitEvent(stream, event, 0), CUDA_SUCCESS);
   EXPECT_TRUE(violated("never recorded"));
 
   MUST(cuda().cuCtxPushCurrent(contexts_[1]));
-  EXPECT_NE(cuda().cuMemsetD8Async(host.address(), 1, kBytes, stream), CUDA_SUCCESS);
+  EXPECT_NE(cuda().cuMemsetD8Async(host.address(), 1, kStreamBytes, stream), CUDA_SUCCESS);
   EXPECT_TRUE(violated("another context"));
   CUcontext popped = nullptr;
   MUST(cuda().cuCtxPopCurrent(&popped));
@@ -208,7 +211,7 @@ TEST_F(FakeStream, MisuseIsSeen) {
 
   MUST(cuda().cuEventDestroy(event));
   MUST(cuda().cuStreamDestroy(stream));
-  EXPECT_NE(cuda().cuMemsetD8Async(host.address(), 1, kBytes, stream), CUDA_SUCCESS);
+  EXPECT_NE(cuda().cuMemsetD8Async(host.address(), 1, kStreamBytes, stream), CUDA_SUCCESS);
   EXPECT_TRUE(violated("was destroyed"));
   EXPECT_EQ(cuda().cuEventQuery(event), CUDA_ERROR_INVALID_HANDLE);
   CUevent timed = nullptr;

@@ -15,7 +15,7 @@ namespace refit {
 namespace {
 
 constexpr std::size_t kMarginBytes = 256;
-constexpr unsigned char kUntouched = 0xEE;
+constexpr unsigned char kUntouchedByte = 0xEE;
 
 void expect_copies(const CopyKernel& sut, std::size_t bytes, std::size_t source_offset,
                    std::size_t target_offset) {
@@ -23,7 +23,7 @@ void expect_copies(const CopyKernel& sut, std::size_t bytes, std::size_t source_
   for (std::size_t i = 0; i < source.size(); ++i) {
     source[i] = static_cast<unsigned char>((i * 131 + i / 251) & 0x7F);
   }
-  std::vector<unsigned char> target(bytes + 2 * kMarginBytes, kUntouched);
+  std::vector<unsigned char> target(bytes + 2 * kMarginBytes, kUntouchedByte);
   // Offsets from a line boundary, whatever the allocator gave.
   const auto aligned = [](std::vector<unsigned char>& memory, std::size_t offset) {
     const auto base = reinterpret_cast<std::uintptr_t>(memory.data());
@@ -40,7 +40,7 @@ void expect_copies(const CopyKernel& sut, std::size_t bytes, std::size_t source_
   };
   ASSERT_TRUE(bytes == 0 || std::memcmp(target.data() + to, source.data() + from, bytes) == 0)
       << where();
-  const auto untouched = [](unsigned char byte) { return byte == kUntouched; };
+  const auto untouched = [](unsigned char byte) { return byte == kUntouchedByte; };
   const auto begin = target.begin();
   ASSERT_TRUE(std::all_of(begin, begin + static_cast<std::ptrdiff_t>(to), untouched)) << where();
   ASSERT_TRUE(std::all_of(begin + static_cast<std::ptrdiff_t>(to + bytes), target.end(), untouched))
