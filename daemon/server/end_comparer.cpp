@@ -4,6 +4,7 @@
 #include <array>
 
 #include "memory/cast_kernels.hpp"
+#include "server/layer_reading.hpp"
 #include "server/racing_reads.hpp"
 
 namespace refit::daemon {
@@ -13,16 +14,16 @@ constexpr std::uint64_t kBlockBytes = std::uint64_t{1} << 20;
 
 /// Hands out `op` in blocks of about kBlockBytes, in order, until `take` returns false.
 template <typename Take>
-bool in_blocks(const CopyOp& op, Take&& take) {
+void in_blocks(const CopyOp& op, Take&& take) {
   CopyOp block = op;
   if (op.loop_count == 0) {
     for (std::uint64_t at = 0; at < op.run_bytes; at += kBlockBytes) {
       block.source = op.source + source_bytes_of(op.cast, at);
       block.target = op.target + at;
       block.run_bytes = std::min(kBlockBytes, op.run_bytes - at);
-      if (!take(block)) return false;
+      if (!take(block)) return;
     }
-    return true;
+    return;
   }
   // Whole loops from the innermost outwards, as many as fit, and then so many turns of the next.
   std::uint32_t first = op.loop_count;
@@ -41,10 +42,9 @@ bool in_blocks(const CopyOp& op, Take&& take) {
       block.source = source + turn * cut.source_stride_bytes;
       block.target = target + turn * cut.target_stride_bytes;
       block.loops[0].count = std::min(turns_max, cut.count - turn);
-      if (!take(block)) return false;
+      if (!take(block)) return;
     }
   }
-  return true;
 }
 
 /// The bytes of a block at one of its ends, as a tensor of bytes.
@@ -79,8 +79,8 @@ void update_with_written(Hasher& hasher, Cast cast, const TensorView& source) {
 
 }  // namespace
 
-EndComparer::Answer EndComparer::compare(const BoundPlan& plan,
-                                         const std::function<bool()>& go_on) {
+EndComparer::Answer EndComparer::compare(const BoundPlan& plan, const RequestRegion& engine,
+                                         const GoOn& go_on) {
   ranges_.clear();
   for (const auto& registration : {plan.source, plan.target}) {
     for (const MappedRegion& region : registration->regions) {
@@ -88,17 +88,51 @@ EndComparer::Answer EndComparer::compare(const BoundPlan& plan,
         ranges_.push_back({region.host.data(), region.host.bytes()});
     }
   }
-  Answer answer = Answer::equal;
   for (const Copy& copy : plan.plan.copies) {
-    const MappedRegion& source = plan.source->regions[copy.source_region];
     const MappedRegion& target = plan.target->regions[copy.target_region];
-    const CopyOp op = op_of(plan, copy, target.data() + copy.target_offset);
-    const bool through = in_blocks(op, [&](const CopyOp& block) {
-      answer = go_on() ? compare_block(block, source, target) : Answer::stopped;
-      return answer == Answer::equal;
-    });
-    if (!through) break;
+    const Answer answer = compare_copy(plan, copy, target, copy.target_offset, go_on);
+    if (answer != Answer::equal) return answer;
   }
+  const std::vector<Copy>& copies = plan.plan.layer_copies;
+  for (auto first = copies.begin(); first != copies.end();) {
+    const auto last = std::find_if(first, copies.end(), [first](const Copy& copy) {
+      return copy.target_region != first->target_region;
+    });
+    const Answer answer = compare_layer(plan, engine, {first, last}, go_on);
+    if (answer != Answer::equal) return answer;
+    first = last;
+  }
+  return Answer::equal;
+}
+
+/// The copies into one layer buffer, all of them in one place of it.
+EndComparer::Answer EndComparer::compare_layer(const BoundPlan& plan, const RequestRegion& engine,
+                                               std::span<const Copy> copies, const GoOn& go_on) {
+  LayerReading layer(*plan.target, engine, copies.front().target_region);
+  for (;;) {
+    const auto place = layer.look();
+    if (!place) return Answer::unreadable;
+    if (!place->resident) return Answer::equal;
+    const MappedRegion& pool = plan.target->regions[place->region];
+    Answer answer = Answer::equal;
+    for (const Copy& copy : copies) {
+      answer = compare_copy(plan, copy, pool, place->offset + copy.target_offset, go_on);
+      if (answer != Answer::equal) break;
+    }
+    const bool read = answer == Answer::equal || answer == Answer::different;
+    if (!read || layer.held_still()) return answer;
+  }
+}
+
+EndComparer::Answer EndComparer::compare_copy(const BoundPlan& plan, const Copy& copy,
+                                              const MappedRegion& target,
+                                              std::uint64_t target_offset, const GoOn& go_on) {
+  const MappedRegion& source = plan.source->regions[copy.source_region];
+  Answer answer = Answer::equal;
+  in_blocks(op_of(plan, copy, target.data() + target_offset), [&](const CopyOp& block) {
+    answer = go_on() ? compare_block(block, source, target) : Answer::stopped;
+    return answer == Answer::equal;
+  });
   return answer;
 }
 

@@ -5,8 +5,7 @@
 #include <numeric>
 #include <utility>
 
-#include "ipc/residency_word.hpp"
-#include "plan/residency.hpp"
+#include "server/layer_reading.hpp"
 
 namespace refit::daemon {
 namespace {
@@ -16,9 +15,6 @@ constexpr std::uint64_t kPartBytes = std::uint64_t{2} << 20;
 
 /// What beginning and ending a stream costs, in bytes that could be hashed instead.
 constexpr std::uint64_t kStreamBytes = 1024;
-
-/// How often a layer may move under one digest before it counts as absent.
-constexpr int kAttempts = 8;
 
 std::uint64_t bytes_of(const TensorSpec& spec) {
   std::uint64_t bytes = element_bytes(spec.dtype);
@@ -72,8 +68,7 @@ struct HashJob::Lane {
   Hasher hasher;
   std::optional<std::uint32_t> stream;  ///< of hashing_.tensors, or behind them: the module's
   std::size_t tensor = 0;               ///< of the module's stream
-  std::uint64_t word = 0;               ///< of a layer on the device, as it was before
-  int attempts = 0;                     ///< to hash that layer
+  std::optional<LayerReading> layer;    ///< where the tensor lies, if that is a device place
 
   // Where the tensor's bytes come from.
   ElementReader elements;
@@ -146,14 +141,18 @@ bool HashJob::fill(Lane& lane) {
 bool HashJob::begin(Lane& lane, std::uint32_t stream) {
   lane.stream = stream;
   lane.tensor = 0;
-  lane.attempts = 0;
+  lane.layer.reset();
+  if (!is_module(stream) && stream >= hashing_.host_count) {
+    lane.layer.emplace(*hashing_.registration, hashing_.session->request_region(),
+                       hashing_.tensors[stream]->layer_buffer);
+    return begin_layer(lane);
+  }
   return begin_tensor(lane);
 }
 
 /// Of a module's stream the next tensor, of others the only one.
 bool HashJob::begin_tensor(Lane& lane) {
   const std::uint32_t stream = *lane.stream;
-  if (!is_module(stream) && stream >= hashing_.host_count) return begin_layer(lane);
   if (is_module(stream) && lane.tensor == by_name_.size()) {
     hashing_.module_digest = lane.hasher.finish();
     lane.stream.reset();
@@ -175,26 +174,16 @@ bool HashJob::end_tensor(Lane& lane) {
     return begin_tensor(lane);
   }
   const Digest digest = lane.hasher.finish();
-  if (stream >= hashing_.host_count && word_of(*hashing_.tensors[stream]).load() != lane.word)
-    return begin_layer(lane);
+  if (lane.layer && !lane.layer->held_still()) return begin_layer(lane);
   hashing_.digests[stream] = digest;
   lane.stream.reset();
   return true;
 }
 
-/// The word is not trusted, but a stale one is found: its generation grows with every change, and
-/// the engine stores it before it touches the bytes of a place that it gives up. The second load,
-/// in end_tensor(), must not be made before the bytes are read, which x86-64 does not do.
 bool HashJob::begin_layer(Lane& lane) {
   const Registration& registration = *hashing_.registration;
   const TensorSpec& spec = *hashing_.tensors[*lane.stream];
-  lane.word = word_of(spec).load();
-  const bool unsaid = ResidencyWord::unpack(lane.word).state == ResidencyState::unsaid;
-  if (unsaid || ++lane.attempts > kAttempts) {
-    lane.stream.reset();
-    return true;
-  }
-  const auto place = read_place(*registration.manifest, spec.layer_buffer, lane.word);
+  const auto place = lane.layer->look();
   if (!place) return fail(place.error());
   if (!place->resident) {
     lane.stream.reset();
@@ -250,11 +239,6 @@ bool HashJob::fail(Error error) {
   const std::lock_guard lock(mutex_);
   if (!error_) error_ = std::move(error);
   return false;
-}
-
-const SharedWord<std::uint64_t>& HashJob::word_of(const TensorSpec& spec) const noexcept {
-  return hashing_.session->request_region()
-      .residency[hashing_.registration->residency_base + spec.layer_buffer];
 }
 
 }  // namespace refit::daemon

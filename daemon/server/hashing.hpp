@@ -81,7 +81,6 @@ class HashJob final : public BackgroundJob {
   [[nodiscard]] bool is_module(std::uint32_t stream) const noexcept {
     return stream == hashing_.tensors.size();
   }
-  [[nodiscard]] const SharedWord<std::uint64_t>& word_of(const TensorSpec& spec) const noexcept;
 
   Hashing& hashing_;
   DeviceAccess& devices_;

@@ -222,8 +222,9 @@ Result<void> BoundPlan::settle(const RequestRegion& engine) {
   REFIT_TRY(places.read(*target->manifest, residency_words.data()));
   for (std::size_t i = 0; i < layer_begins.size(); ++i) {
     const LayerPlace& place = places[i];
-    layer_begins[i] =
-        place.resident ? target->regions[place.region].data() + place.offset : nullptr;
+    // The sabotage of tests: layers on a device keep their old bytes, and a proof must find them.
+    const bool written = place.resident && !test_point("copy.skip_layers");
+    layer_begins[i] = written ? target->regions[place.region].data() + place.offset : nullptr;
     if (place.resident) device_bytes += layer_bytes[i];
   }
   for (LayerCopies& layer : layers) {

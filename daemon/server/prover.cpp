@@ -155,14 +155,16 @@ Prover::Finding Prover::prove(const Entry& entry, EndComparer& comparer) {
                   {}};
   if (commit.expected != nullptr) finding.result = hash(commit, stands, finding.wrong);
   const bool decided = commit.expected != nullptr && commit.expected->complete;
-  if (finding.result == ProofResult::equal && !decided)
-    finding.result = result_of(comparer.compare(*commit.plan, stands));
+  if (finding.result == ProofResult::equal && !decided) {
+    const RequestRegion& engine = commit.engine->request_region();
+    finding.result = result_of(comparer.compare(*commit.plan, engine, stands));
+  }
   if (!stands()) finding.result = ProofResult::overtaken;
   return finding;
 }
 
-/// Hashes what the trainer gave digests of. The answer is worth something only if the commit still
-/// stands behind it.
+/// Hashes what the trainer gave digests of, layers in both of their places. The answer is worth
+/// something only if the commit still stands behind it.
 ProofResult Prover::hash(const Commit& commit, const std::function<bool()>& stands,
                          std::vector<std::string>& wrong) {
   const Expected& expected = *commit.expected;
@@ -172,7 +174,12 @@ ProofResult Prover::hash(const Commit& commit, const std::function<bool()>& stan
   hashing.kind = expected.kind;
   hashing.tensors = expected.tensors;
   hashing.host_count = expected.tensors.size();
-  hashing.digests.resize(expected.tensors.size());
+  std::vector<Digest> wanted = expected.digests;
+  for (std::size_t i = 0; i < expected.tensors.size(); ++i) {
+    if (expected.tensors[i]->layer_buffer == kNoLayerBuffer) continue;
+    hashing.tensors.push_back(expected.tensors[i]);
+    wanted.push_back(expected.digests[i]);
+  }
   bool read = true;
   const auto job = HashJob::make(hashing, devices_, /*threads=*/1,
                                  [&read](const std::optional<Error>& error) { read = !error; });
@@ -183,8 +190,11 @@ ProofResult Prover::hash(const Commit& commit, const std::function<bool()>& stan
   }
   job->finished();
   if (!read) return ProofResult::unreadable;
-  for (std::size_t i = 0; i < expected.tensors.size(); ++i) {
-    if (!(hashing.digests[i] == expected.digests[i])) wrong.push_back(expected.tensors[i]->name);
+  for (std::size_t i = 0; i < wanted.size(); ++i) {
+    const bool on_device = i >= hashing.host_count;
+    const bool absent = on_device && hashing.digests[i].length == 0;
+    if (absent || hashing.digests[i] == wanted[i]) continue;
+    wrong.push_back(hashing.tensors[i]->name + (on_device ? " (device place)" : ""));
   }
   std::sort(wrong.begin(), wrong.end());
   return wrong.empty() ? ProofResult::equal : ProofResult::refuted;

@@ -4,8 +4,8 @@
 // them. The trainer may change its tensors as soon as it has its answer, and another refit may
 // begin: equal blocks under an unchanged state word prove the version, different ones prove
 // nothing, because nobody knows whether the source moved on. Digests that came with the refit
-// decide: bytes that have others poison the module. What a check proves is the Checker's. Places of
-// layers on a device are not read: they move with every gate.
+// decide: bytes that have others poison the module. What a check proves is the Checker's. A layer
+// is read in both of its places, in that on a device if it is there and stays for long enough.
 //
 // committed, forget and stop: the loop thread, which also gets what was found.
 #pragma once
@@ -79,7 +79,7 @@ class Prover {
     std::shared_ptr<SessionMemory> engine;
     std::uint32_t slot = 0;
     std::uint64_t word = 0;
-    std::vector<std::string> wrong;  ///< tensors, sorted
+    std::vector<std::string> wrong;  ///< tensors and places, sorted
   };
 
   /// The latest commit of one module, on its way to a thread and back to the loop.

@@ -3,6 +3,8 @@
 // See refit_fixture.hpp for how the suite is built.
 
 #include "conformance/refit_fixture.hpp"
+#include "support/effort.hpp"
+#include "support/offloaded_model.hpp"
 
 namespace refit::test {
 namespace {
@@ -151,6 +153,98 @@ TEST_P(SkippedTensor, TensorThatWasLeftOutIsNotProven) {
   EXPECT_EQ(proven_version(), std::nullopt);
 }
 
+/// An engine that offloads: every layer has a second place while it is on the device.
+class ProofOfLayers : public Proof {
+ protected:
+  static constexpr std::size_t kLayers = 6;
+  explicit ProofOfLayers(const DaemonOptions& how = {}) : Proof(how) {}
+  void SetUp() override {
+    source_.emplace("transformer", layered_tensors(kLayers));
+    source_->fill(1);
+    trainer_.emplace(make_trainer(*source_));
+    engine_.emplace(must(Engine::connect("flux", options(), soon())));
+    must(engine_->register_module(offloaded_.spec(), soon()));
+    observer_.emplace(make_observer());
+    waiting_.emplace(*engine_);
+  }
+  /// SHA-256 of what host places hold, of all tensors but those that `skip` begins the name of.
+  [[nodiscard]] RefitTarget with_digests(const std::string& skip = "none") {
+    RefitTarget wanted{"flux", "transformer"};
+    wanted.expected_kind = DigestKind::raw;
+    for (NamedDigest& one : live_digests()) {
+      if (one.first.rfind(skip, 0) != 0) wanted.expected.push_back(std::move(one));
+    }
+    return wanted;
+  }
+  void refit(const RefitTarget& wanted = {"flux", "transformer"}) {
+    must(trainer_->refit(wanted, soon()));
+  }
+
+  OffloadedModel offloaded_{"transformer", kLayers, 4, 1,
+                            [](const auto& bytes) { return make_storage(GetParam(), bytes); }};
+};
+
+// Goal: a version is proven with the layers that are there, wherever they go. Method: a thread
+// moves them all the time; every version is proven, by comparison and by digests in turn, and
+// nothing is ever held against one.
+TEST_P(ProofOfLayers, LayersThatMoveAreProvenOrAbsent) {
+  const Prefetcher prefetcher(offloaded_);
+  for (std::uint64_t round = 1; round <= rounds(30); ++round) {
+    source_->fill(round);
+    refit();
+    ASSERT_TRUE(reaches(2 * round - 1));
+    refit(with_digests("layers.3."));
+    ASSERT_TRUE(reaches(2 * round));
+  }
+  EXPECT_EQ(proofs().different, 0U);
+  EXPECT_EQ(proofs().refuted, 0U);
+  EXPECT_EQ(proofs().unreadable, 0U);
+}
+
+class SkippedLayers : public ProofOfLayers {
+ protected:
+  SkippedLayers() : ProofOfLayers({true, "copy.skip_layers=skip", {}, {}}) {}
+};
+
+TEST_P(SkippedLayers, LayerThatWasLeftOutIsNotProvenUntilItIsAbsent) {
+  offloaded_.fetch(1);
+  refit();
+  EXPECT_TRUE(eventually([&] { return proofs().different == 1; }));
+  EXPECT_EQ(proven_version(), std::nullopt);
+  EXPECT_EQ(engine_->state("transformer"), ModuleState::committed);
+  offloaded_.drop(1);
+  refit();
+  EXPECT_TRUE(reaches(2));
+  // Copied from the host since: it holds what the refit should have written.
+  offloaded_.fetch(1);
+  refit();
+  EXPECT_TRUE(reaches(3));
+}
+
+// Goal: what came with the refit decides of device places too. Method: digests of all tensors, so
+// that nothing is compared; and of all but the layer that was left out, which is then compared.
+TEST_P(SkippedLayers, DigestsRefuteALayerThatWasLeftOutAndOnlyWhileItIsThere) {
+  refit();
+  ASSERT_TRUE(reaches(1));
+  offloaded_.fetch(2);
+  source_->fill(2);
+  refit();
+  ASSERT_TRUE(eventually([&] { return proofs().different == 1; }));
+  refit(with_digests("layers.2."));
+  ASSERT_TRUE(eventually([&] { return proofs().different == 2; }));
+  EXPECT_EQ(proofs().refuted, 0U);
+
+  refit(with_digests());
+  EXPECT_TRUE(eventually([&] { return engine_->state("transformer") == ModuleState::poisoned; }));
+  EXPECT_FALSE(engine_->step_allowed());
+  EXPECT_EQ(proofs().refuted, 1U);
+  offloaded_.drop(2);
+  refit(with_digests());
+  EXPECT_TRUE(reaches(5));
+  EXPECT_TRUE(engine_->step_allowed());
+  EXPECT_EQ(proofs().refuted, 1U);
+}
+
 class Unproven : public Proof {
  protected:
   Unproven() : Proof({false, {}, {"--proof-threads", "0"}, {}}) {}
@@ -171,6 +265,10 @@ INSTANTIATE_TEST_SUITE_P(Memory, Proof, ::testing::ValuesIn(memory_kinds()),
 INSTANTIATE_TEST_SUITE_P(Memory, ProofOfACast, ::testing::ValuesIn(memory_kinds()),
                          [](const auto& kind) { return name_of(kind.param); });
 INSTANTIATE_TEST_SUITE_P(Memory, SkippedTensor, ::testing::ValuesIn(memory_kinds()),
+                         [](const auto& kind) { return name_of(kind.param); });
+INSTANTIATE_TEST_SUITE_P(Memory, ProofOfLayers, ::testing::ValuesIn(memory_kinds()),
+                         [](const auto& kind) { return name_of(kind.param); });
+INSTANTIATE_TEST_SUITE_P(Memory, SkippedLayers, ::testing::ValuesIn(memory_kinds()),
                          [](const auto& kind) { return name_of(kind.param); });
 INSTANTIATE_TEST_SUITE_P(Memory, Unproven, ::testing::ValuesIn(memory_kinds()),
                          [](const auto& kind) { return name_of(kind.param); });

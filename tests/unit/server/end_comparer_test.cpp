@@ -1,7 +1,9 @@
-// Whether both ends of copies are equal: any strides, any byte, and nothing beside them.
+// Whether both ends of copies are equal: any strides, any byte, and nothing beside them; and layers
+// where they are on a device, wherever they go meanwhile.
 //
 // Method: copies with random loops, done by a byte loop; then one byte of the target is changed,
-// inside what was written or in a gap of it.
+// inside what was written or in a gap of it. Layers are moved from what the comparer asks before
+// each block.
 #include "server/end_comparer.hpp"
 
 #include <gtest/gtest.h>
@@ -9,27 +11,43 @@
 #include <cstring>
 #include <random>
 
+#include "ipc/residency_word.hpp"
+
 namespace refit::daemon {
 namespace {
 
 constexpr std::uint64_t kRegionBytes = std::uint64_t{4} << 20;
 
-std::shared_ptr<Registration> registration(const std::string& label, Role role) {
+/// One tensor over all of region 0. With `layers` it is cut into as many, each a layer buffer, and
+/// region 1 is a pool.
+std::shared_ptr<Registration> registration(const std::string& label, Role role,
+                                           std::size_t layers = 0) {
   auto made = std::make_shared<Registration>();
-  TensorSpec tensor;
-  tensor.name = "all";
-  tensor.dtype = DType::uint8;
-  tensor.shape = {kRegionBytes};
+  const std::size_t count = std::max<std::size_t>(1, layers);
+  std::vector<TensorSpec> tensors(count);
+  for (std::size_t i = 0; i < count; ++i) {
+    tensors[i].name = "part" + std::to_string(i);
+    tensors[i].dtype = DType::uint8;
+    tensors[i].shape = {kRegionBytes / count};
+    tensors[i].offset_bytes = i * kRegionBytes / count;
+    if (layers != 0) tensors[i].layer_buffer = static_cast<std::uint32_t>(i);
+  }
   const std::uint64_t inode = role == Role::engine ? 1 : 2;
-  auto manifest = Manifest::validate(label, role, {tensor}, {{kRegionBytes, 0, inode, false}}, {});
-  auto fd = make_memfd(label, kRegionBytes);
-  if (!manifest || !fd) return nullptr;
+  std::vector<RegionInfo> regions{{kRegionBytes, 0, inode, false}};
+  if (layers != 0) regions.push_back({kRegionBytes, 0, 3, true});
+  auto manifest = Manifest::validate(label, role, tensors, regions, {}, {},
+                                     std::vector<std::uint64_t>(layers, kRegionBytes / count));
+  if (!manifest) return nullptr;
   made->manifest = *manifest;
-  auto mapping = Mapping::map(fd->get(), kRegionBytes, Access::read_write, label);
-  if (!mapping) return nullptr;
-  made->regions.emplace_back();
-  made->regions.back().bytes = kRegionBytes;
-  made->regions.back().host = std::move(*mapping);
+  for (std::size_t i = 0; i < regions.size(); ++i) {
+    auto fd = make_memfd(label, kRegionBytes);
+    if (!fd) return nullptr;
+    auto mapping = Mapping::map(fd->get(), kRegionBytes, Access::read_write, label);
+    if (!mapping) return nullptr;
+    made->regions.emplace_back();
+    made->regions.back().bytes = kRegionBytes;
+    made->regions.back().host = std::move(*mapping);
+  }
   return made;
 }
 
@@ -67,10 +85,11 @@ class EndComparerTest : public ::testing::Test {
     return written;
   }
   EndComparer::Answer compare() {
-    return sut_.compare(*plan_, [] { return true; });
+    return sut_.compare(*plan_, *engine_, [] { return true; });
   }
 
   std::unique_ptr<BoundPlan> plan_;
+  std::unique_ptr<RequestRegion> engine_ = std::make_unique<RequestRegion>();
   DeviceAccess devices_;
   EndComparer sut_{devices_};
 };
@@ -136,9 +155,151 @@ TEST_F(EndComparerTest, EveryBlockOfALongRunIsReadAndMayBeTheLast) {
   }
   int blocks = 0;
   const auto two = [&blocks] { return ++blocks < 3; };
-  EXPECT_EQ(sut_.compare(*plan_, two), EndComparer::Answer::stopped);
+  EXPECT_EQ(sut_.compare(*plan_, *engine_, two), EndComparer::Answer::stopped);
   EXPECT_EQ(blocks, 3);
   EXPECT_EQ(compare(), EndComparer::Answer::equal);
+}
+
+// ---- layers
+
+/// Two layers of 2 MiB, which a refit has written in their host places.
+class LayersTest : public EndComparerTest {
+ protected:
+  static constexpr std::uint64_t kLayerBytes = kRegionBytes / 2;
+
+  void SetUp() override {
+    const auto source = registration("trainer/m", Role::trainer);
+    const auto target = registration("engine/m", Role::engine, 2);
+    ASSERT_TRUE(source != nullptr && target != nullptr);
+    target->residency_base = 5;
+    plan_ = std::make_unique<BoundPlan>(source, target);
+    std::mt19937_64 random(3);
+    for (std::uint64_t k = 0; k < kRegionBytes; ++k)
+      this->source()[k] = static_cast<std::byte>(random());
+    std::memcpy(this->target(), this->source(), kRegionBytes);
+    Copy all;
+    all.run_bytes = kRegionBytes;
+    plan_->plan.copies = {all};
+    // Each layer by two copies, the second one longer than a block.
+    for (std::uint32_t layer = 0; layer < 2; ++layer) {
+      for (const auto& [begin, end] : {std::pair{std::uint64_t{0}, std::uint64_t{1000}},
+                                       std::pair{std::uint64_t{1000}, kLayerBytes}}) {
+        Copy copy;
+        copy.source_offset = layer * kLayerBytes + begin;
+        copy.target_region = layer;
+        copy.target_offset = begin;
+        copy.run_bytes = end - begin;
+        plan_->plan.layer_copies.push_back(copy);
+      }
+      say(layer, ResidencyState::absent, 0);
+    }
+  }
+
+  std::byte* pool() { return plan_->target->regions[1].data(); }
+  void say(std::uint32_t layer, ResidencyState state, std::uint64_t offset,
+           std::uint8_t region = 1) {
+    engine_->residency[5 + layer].store(ResidencyWord{state, region, ++moves_, offset}.pack());
+  }
+  /// As an engine does: the bytes first, then the word.
+  void fetch(std::uint32_t layer, std::uint64_t offset) {
+    std::memcpy(pool() + offset, target() + layer * kLayerBytes, kLayerBytes);
+    say(layer, ResidencyState::resident, offset);
+  }
+  static constexpr int kHostBlocks = kRegionBytes >> 20;  ///< which come first
+  static constexpr int kLayerBlocks = 3;                  ///< of one layer
+
+  std::uint16_t moves_ = 0;
+};
+
+TEST_F(LayersTest, EveryByteOfALayerIsReadWhereItIs) {
+  fetch(0, kLayerBytes);
+  fetch(1, 0);
+  EXPECT_EQ(compare(), EndComparer::Answer::equal);
+  for (const std::uint64_t at :
+       {std::uint64_t{0}, std::uint64_t{999}, kLayerBytes - 1, kLayerBytes, kRegionBytes - 1}) {
+    pool()[at] ^= std::byte{1};
+    EXPECT_EQ(compare(), EndComparer::Answer::different) << at;
+    pool()[at] ^= std::byte{1};
+  }
+  EXPECT_EQ(compare(), EndComparer::Answer::equal);
+}
+
+TEST_F(LayersTest, AbsentLayersStandAgainstNothing) {
+  fetch(0, 0);
+  pool()[0] ^= std::byte{1};
+  say(0, ResidencyState::absent, 0);
+  say(1, ResidencyState::unsaid, 0);
+  EXPECT_EQ(compare(), EndComparer::Answer::equal);
+}
+
+TEST_F(LayersTest, WordOfNonsenseIsNeverFollowed) {
+  say(0, static_cast<ResidencyState>(3), 0);
+  EXPECT_EQ(compare(), EndComparer::Answer::unreadable);
+  say(0, ResidencyState::resident, 0, 0);
+  EXPECT_EQ(compare(), EndComparer::Answer::unreadable);
+  say(0, ResidencyState::resident, kRegionBytes - 32);
+  EXPECT_EQ(compare(), EndComparer::Answer::unreadable);
+  say(0, ResidencyState::resident, ResidencyWord::kOffsetMax - 31);
+  EXPECT_EQ(compare(), EndComparer::Answer::unreadable);
+}
+
+// Goal: bytes of a place that the layer has left are not held against it. Method: it goes while
+// each of its blocks is about to be read, and what comes after it is other bytes.
+TEST_F(LayersTest, LayerThatMovesIsReadWhereItWent) {
+  for (int block = 0; block < kLayerBlocks; ++block) {
+    for (const std::uint64_t to : {kLayerBytes, std::uint64_t{0}}) {
+      fetch(0, 0);
+      int asked = 0;
+      const auto move = [&] {
+        if (asked++ != kHostBlocks + block) return true;
+        say(0, ResidencyState::absent, 0);
+        std::memset(pool(), 0, kLayerBytes);
+        fetch(0, to);  // to where it was, too: the generation tells
+        return true;
+      };
+      EXPECT_EQ(sut_.compare(*plan_, *engine_, move), EndComparer::Answer::equal);
+      // Every block in one place, however many were read before: other bytes are seen at once, the
+      // same ones are found to have moved at the end.
+      const int before = to == 0 ? kLayerBlocks : block + 1;
+      EXPECT_EQ(asked, kHostBlocks + before + kLayerBlocks) << block;
+    }
+  }
+}
+
+TEST_F(LayersTest, MovedLayerThatIsWrongWhereItWentIsDifferent) {
+  fetch(0, 0);
+  int asked = 0;
+  const auto move = [&] {
+    if (asked++ != kHostBlocks + 2) return true;
+    fetch(0, kLayerBytes);
+    pool()[kLayerBytes] ^= std::byte{1};  // what was read before the move
+    return true;
+  };
+  EXPECT_EQ(sut_.compare(*plan_, *engine_, move), EndComparer::Answer::different);
+}
+
+TEST_F(LayersTest, LayerThatNeverStaysCountsAsAbsent) {
+  fetch(0, 0);
+  fetch(1, kLayerBytes);
+  int asked = 0;
+  const auto move = [&] {
+    if (asked++ < kHostBlocks) return true;
+    std::memset(pool(), 0, kLayerBytes);
+    say(0, ResidencyState::resident, 0);
+    return asked < 100;
+  };
+  EXPECT_EQ(sut_.compare(*plan_, *engine_, move), EndComparer::Answer::equal);
+  // The other one is read nevertheless.
+  pool()[kRegionBytes - 1] ^= std::byte{1};
+  EXPECT_EQ(sut_.compare(*plan_, *engine_, move), EndComparer::Answer::different);
+}
+
+TEST_F(LayersTest, ReadingOfALayerIsStoppedBetweenBlocks) {
+  fetch(1, 0);
+  int asked = 0;
+  const auto two = [&] { return asked++ < kHostBlocks + 2; };
+  EXPECT_EQ(sut_.compare(*plan_, *engine_, two), EndComparer::Answer::stopped);
+  EXPECT_EQ(asked, kHostBlocks + 3);
 }
 
 }  // namespace
