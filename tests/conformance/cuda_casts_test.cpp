@@ -233,7 +233,7 @@ class DeviceTooOld : public DeviceCasts {
 };
 
 // Goal: a device that the kernels were not compiled for refuses plans that need them, by name, and
-// no other.
+// no other; it is asked to load them once.
 TEST_P(DeviceTooOld, RefusesCastsByNameAndCopiesTheRest) {
   REFIT_FAKE_ONLY("another compute capability");
   Model source("transformer", cast_tensors(true));
@@ -256,6 +256,7 @@ TEST_P(DeviceTooOld, RefusesCastsByNameAndCopiesTheRest) {
     ASSERT_TRUE(report) << report.error().to_string();
     EXPECT_TRUE(target.tensor_equals(source, 0));
   }
+  EXPECT_EQ(calls_of(daemon_report()).at("cuModuleLoadData"), 1U);
 }
 
 class DevicesApart : public DeviceCasts {

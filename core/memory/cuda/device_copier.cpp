@@ -405,16 +405,18 @@ Result<void> DeviceCopier::open(DeviceCopyJob::Launch& launch, State& state, CUd
                                        std::to_string(other) +
                                        "; give both sides one dtype and layout, or one device");
   }
-  if (state.kernels == nullptr) {
-    auto kernels = Kernels::load(state.context);
-    if (!kernels) {
-      Error error = kernels.error();
-      error.message = launch.purpose + ": " + error.message;
-      return Unexpected(std::move(error));
+  if (!state.kernels) state.kernels = Kernels::load(state.context);
+  if (!*state.kernels) {
+    Error error = state.kernels->error();
+    error.message = launch.purpose + ": " + error.message;
+    if (error.native == CUDA_ERROR_OUT_OF_MEMORY) {
+      state.kernels.reset();  // there may be room the next time
+    } else if (error.code == Errc::cuda) {
+      error.message += "; not tried again until the daemon is started anew";
     }
-    state.kernels = std::move(*kernels);
+    return Unexpected(std::move(error));
   }
-  launch.kernel = state.kernels->of(launch.cast);
+  launch.kernel = (**state.kernels)->of(launch.cast);
   return {};
 }
 

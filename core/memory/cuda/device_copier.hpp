@@ -236,8 +236,10 @@ class DeviceCopier {
   struct State {
     std::shared_ptr<const Context> context;  // null until a job needs it
     std::array<CUstream, kDirections> streams{};
-    std::vector<Peer> peers;           // beside states_
-    std::unique_ptr<Kernels> kernels;  // null until a job needs them
+    std::vector<Peer> peers;  // beside states_
+    /// Nothing until a job needs them. Of a failure its error, because each load may take as long
+    /// as the driver's compiler does, and the next would fail as well.
+    std::optional<Result<std::unique_ptr<Kernels>>> kernels;
   };
 
   explicit DeviceCopier(std::shared_ptr<VisibleDevices> devices);

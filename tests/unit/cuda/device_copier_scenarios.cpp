@@ -339,6 +339,41 @@ void launches() {
   }
 }
 
+/// Kernels that do not load are loaded once on each device, and every job that needs them is told
+/// why; those that lacked memory are loaded again.
+void kernels_once() {
+  if (kernel_image().empty()) return;
+  const Rig rig;
+  const auto sut = rig.copier();
+  DeviceCopyJob job;
+  const auto cast_on = [](CUdevice device) {
+    DeviceCopyOp op = op_of({4096, device}, {1 << 30, device}, 2);
+    op.cast = Cast::float32_to_bfloat16;
+    return op;
+  };
+  const auto refused = [&](CUdevice device, const char* code) {
+    const auto result = job.prepare(*sut, std::vector{cast_on(device)});
+    ASSERT_FALSE(result.has_value());
+    for (const char* part : {"casting device", "cuModuleLoadData", code})
+      EXPECT_NE(result.error().message.find(part), std::string::npos) << result.error().message;
+  };
+  const auto loads = [&] { return rig.fake.calls("cuModuleLoadData"); };
+  must(rig.fake.set_faults("cuModuleLoadData=2") == 0, "the fault cannot be read");
+  refused(0, "(2)");
+  refused(0, "(2)");
+  EXPECT_EQ(loads(), 2U);
+  must(rig.fake.set_faults("cuModuleLoadData=209") == 0, "the fault cannot be read");
+  for (int i = 0; i < 3; ++i) {
+    refused(0, "(209)");
+    prepare(job, *sut, {op_of({4096, 0}, {1 << 30, 0}, 2)});
+  }
+  EXPECT_EQ(loads(), 3U);
+  rig.fake.set_faults("");
+  refused(0, "(209)");
+  prepare(job, *sut, {cast_on(1)});
+  EXPECT_EQ(loads(), 4U);
+}
+
 void refusals() {
   const Rig rig;
   const auto sut = rig.copier();
@@ -852,6 +887,7 @@ constexpr Scenario kScenarios[] = {
     {"strides", &strides},
     {"parts", &parts},
     {"launches", &launches},
+    {"kernels_once", &kernels_once},
     {"refusals", &refusals},
     {"several", &several},
 #ifndef REFIT_SANITIZED

@@ -116,6 +116,7 @@ TEST(DeviceCopier, CastsWhateverTheOrderOfTheWork) {
   for (const char* schedule : {"eager", "mixed", "lazy,eager"})
     expect_good("launches", {{"FAKECUDA_SCHEDULE", schedule}});
 }
+TEST(DeviceCopier, LoadsKernelsThatDoNotLoadOnceOnEachDevice) { expect_good("kernels_once"); }
 TEST(DeviceCopier, RefusesWhatItCannotCopyByName) { expect_good("refusals"); }
 #ifndef REFIT_SANITIZED
 TEST(DeviceCopier, AllocatesNothingOnceAJobIsPrepared) { expect_good("allocations"); }
