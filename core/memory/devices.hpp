@@ -2,9 +2,8 @@
 // export, pin host memory, copy, and read back.
 //
 // Behind it stands core/memory/cuda, or nothing where that was not built or the host has no driver;
-// then create() says so and everything else goes on. import(), pin(), open_event() and readings
-// block in the driver and are for background threads; jobs are prepared where their plan is made,
-// and submitted by the loop.
+// then create() says so and everything else goes on. import(), pin(), open_event(), prepare()
+// and readings block in the driver and are for background threads; jobs are submitted by the loop.
 #pragma once
 
 #include <cstddef>

@@ -1,5 +1,5 @@
 // BackgroundPool: threads for what may take long and must never hold the loop: populating pages,
-// hashing, closing fds that came from a client.
+// preparing copies on devices, hashing, closing fds that came from a client.
 //
 // submit: the loop thread. Parts run on pool threads, several at once; `finished` runs on the loop
 // thread through the completion queue.
@@ -42,7 +42,7 @@ class BackgroundPool {
   /// Finishes running parts, drops what has not begun, joins.
   ~BackgroundPool();
 
-  /// Populating and closing go ahead of hashing, which may take seconds.
+  /// Whatever a client waits for goes ahead of hashing, which may take seconds.
   enum class Priority { first, last };
   void submit(std::unique_ptr<BackgroundJob> job, Priority priority);
 

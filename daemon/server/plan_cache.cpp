@@ -164,8 +164,8 @@ bool same_selection(const std::vector<std::string>& held, const Names* asked) {
   return true;
 }
 
-Result<void> BoundPlan::connect(DeviceAccess& access) {
-  if (connected || !touches_devices) return {};
+Result<std::unique_ptr<DeviceJob>> BoundPlan::prepare(DeviceAccess& access) const {
+  test_point("plan.prepare");
   REFIT_TRY_ASSIGN(Devices* const devices, access.required(target->manifest->label()));
   std::vector<std::string> unpinned;
   const auto require_pinned = [&unpinned](const Registration& of, std::uint32_t index) {
@@ -202,17 +202,10 @@ Result<void> BoundPlan::connect(DeviceAccess& access) {
     return fail(Errc::cuda, "host memory that a device shall copy could not be pinned",
                 std::move(unpinned));
   }
-  if (!wanted.empty()) {
-    auto prepared = devices->prepare(wanted);
-    if (!prepared) {
-      Error error = prepared.error();
-      error.details = device_casts(*this, pools);
-      return Unexpected(std::move(error));
-    }
-    device_job = std::move(*prepared);
-  }
-  connected = true;
-  return {};
+  if (wanted.empty()) return std::unique_ptr<DeviceJob>();
+  auto made = devices->prepare(wanted);
+  if (!made) made.error().details = device_casts(*this, pools);
+  return made;
 }
 
 Result<void> BoundPlan::settle(const RequestRegion& engine) {

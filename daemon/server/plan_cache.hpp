@@ -1,7 +1,8 @@
 // PlanCache: compiled plans bound to mapped memory, ready to be copied again without a look at a
 // manifest.
 //
-// The loop thread alone. An entry lives as long as both of its registrations are the current ones.
+// The loop thread alone, but for BoundPlan::prepare(). An entry lives as long as both of its
+// registrations are the current ones.
 #pragma once
 
 #include <deque>
@@ -39,9 +40,11 @@ struct BoundPlan {
   /// From host memory to host memory.
   std::vector<CopyOp> ops;
   CopyJob job;
-  /// The rest, layers' too, once connect() made it; null where there is none.
+  /// The rest, layers' too, once prepare() made it; null where there is none.
   std::unique_ptr<DeviceJob> device_job;
   bool touches_devices = false;
+  bool being_prepared = false;  ///< a background thread is in prepare()
+  bool prepared = false;
 
   /// From host memory into host memory that stands for a device's. Their targets count from the
   /// buffer's start until settle() has put them where it is.
@@ -54,15 +57,16 @@ struct BoundPlan {
   std::vector<std::uint64_t> layer_bytes;  ///< that the plan writes of it
   std::vector<std::byte*> layer_begins;    ///< its second place, null while absent; by settle()
   std::uint64_t device_bytes = 0;          ///< of the resident layers; set by settle()
-  bool connected = false;
 
   BoundPlan(std::shared_ptr<Registration> from, std::shared_ptr<Registration> to)
       : source(std::move(from)), target(std::move(to)), places(*target->manifest) {}
 
-  /// Prepares the copies that touch devices, once both registrations are ready; does nothing where
-  /// that is done or there are none. Once for each plan, on the loop thread: docs/gpu.md says why
-  /// that is bounded. Errors: Errc::unsupported, Errc::cuda; names the modules.
-  [[nodiscard]] Result<void> connect(DeviceAccess& devices);
+  /// True if it lacks nothing that prepare() makes.
+  [[nodiscard]] bool ready() const noexcept { return prepared || !touches_devices; }
+  /// Makes the copies that touch devices, for device_job; null if there are none. Blocks in the
+  /// driver, and for seconds where that compiles kernels: any thread, once both registrations are
+  /// populated. Errors: Errc::unsupported, Errc::cuda; names the modules.
+  [[nodiscard]] Result<std::unique_ptr<DeviceJob>> prepare(DeviceAccess& devices) const;
 
   /// Reads where the engine's layers are, once, and points the copies there. Only while the engine
   /// holds still. Errors: Errc::bad_region; then nothing may be written. Allocates for those only.

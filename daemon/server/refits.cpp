@@ -108,13 +108,28 @@ class Refits::Refit final : public Operation, public Completion {
   DeviceOutcome outcome_;
 };
 
+/// What a plan needs of devices, made once. Keeps the plan, and so the memory at both of its ends.
+class Refits::Preparation final : public BackgroundJob {
+ public:
+  Preparation(Refits& owner, std::shared_ptr<BoundPlan> plan)
+      : BackgroundJob(1), owner_(owner), plan_(std::move(plan)) {}
+  void run_part(std::size_t) override { job_ = plan_->prepare(owner_.devices_); }
+  void finished() override { owner_.prepared(*plan_, std::move(job_)); }
+
+ private:
+  Refits& owner_;
+  const std::shared_ptr<BoundPlan> plan_;
+  Result<std::unique_ptr<DeviceJob>> job_;
+};
+
 Refits::Refits(Registry& registry, Scheduler& scheduler, Replies& replies, CopyPool& copy_pool,
-               CompletionQueue& completions, DeviceAccess& devices, Statistics& statistics,
-               Waiting waiting)
+               BackgroundPool& background, CompletionQueue& completions, DeviceAccess& devices,
+               Statistics& statistics, Waiting waiting)
     : registry_(registry),
       scheduler_(scheduler),
       replies_(replies),
       copy_pool_(copy_pool),
+      background_(background),
       completions_(completions),
       devices_(devices),
       statistics_(statistics),
@@ -330,12 +345,7 @@ void Refits::open_gates(Refit& refit) {
   // turn.
   if (replay(refit)) return release_engines(refit);
   if (auto allowed = check_poison(refit); !allowed) return fail_refit(refit, allowed.error());
-  for (const Target& target : refit.targets) {
-    if (auto connected = target.plan->connect(devices_); !connected) {
-      fail_refit(refit, connected.error());
-      return devices_.judge(connected.error());
-    }
-  }
+  if (!plans_are_ready(refit)) return;
   refit.phase = Phase::gating;
   for (const auto& engine : refit.engines) {
     refit.transaction.add_engine({&engine->memory->response_region().gate,
@@ -354,6 +364,47 @@ void Refits::open_gates(Refit& refit) {
   wake_engines(refit);
   if (refit.moved_bytes_max <= kInlineCopyBytesMax) prefetch(refit);
   wait_briefly(refit);
+}
+
+/// If not, what they lack is made in the background, after which open_gates() is called again. The
+/// engines are the refit's own meanwhile and are not asked for anything.
+bool Refits::plans_are_ready(Refit& refit) {
+  bool ready = true;
+  for (const Target& target : refit.targets) {
+    BoundPlan& plan = *target.plan;
+    if (plan.ready()) continue;
+    ready = false;
+    if (!std::exchange(plan.being_prepared, true)) {
+      background_.submit(std::make_unique<Preparation>(*this, target.plan),
+                         BackgroundPool::Priority::first);
+    }
+  }
+  if (!ready) refit.phase = Phase::preparing;
+  return ready;
+}
+
+/// Of a plan whose refit is gone, too. One that fails may start another that has it prepared anew.
+void Refits::prepared(BoundPlan& plan, Result<std::unique_ptr<DeviceJob>> job) {
+  plan.being_prepared = false;
+  plan.prepared = job.has_value();
+  if (job) plan.device_job = std::move(*job);
+  const auto goes_on = [&](const Refit& refit) {
+    bool uses = false;
+    bool waits = false;
+    for (const Target& target : refit.targets) {
+      uses = uses || target.plan.get() == &plan;
+      waits = waits || target.plan->being_prepared;
+    }
+    return refit.phase == Phase::preparing && uses && !plan.being_prepared && !(job && waits);
+  };
+  while (Refit* refit = find_waiting(goes_on)) {
+    if (job) {
+      open_gates(*refit);
+    } else {
+      fail_refit(*refit, job.error());
+    }
+  }
+  if (!job) devices_.judge(job.error());
 }
 
 /// Many tiny tensors cost a cache miss on both sides each; while the engine finishes its step they
@@ -467,7 +518,7 @@ bool Refits::abandoned(const Refit& refit) const {
 
 void Refits::fail_late(Refit& refit) {
   std::string who;
-  for (std::size_t i = 0; i < refit.engines.size(); ++i) {
+  for (std::size_t i = 0; i < refit.engines.size() && refit.phase != Phase::preparing; ++i) {
     if (refit.phase == Phase::queued || !refit.transaction.ready(i)) {
       who += (who.empty() ? "" : ", ") + refit.engines[i]->name;
     }
@@ -475,6 +526,10 @@ void Refits::fail_late(Refit& refit) {
   std::string what = "the deadline passed before the copy began";
   if (refit.phase == Phase::queued) {
     what = "engine " + who + " was busy with another refit, a check or populating pages";
+  } else if (refit.phase == Phase::preparing) {
+    what =
+        "the driver did not make the copies of a new plan in time: it hangs, compiles kernels, or "
+        "digests of other engines take all background threads";
   } else if (!who.empty()) {
     what = "engine " + who + " did not reach its gate in time";
   } else if (refit.works_on != nullptr) {
@@ -710,7 +765,7 @@ void Refits::release_engines(Refit& refit) {
 template <typename Predicate>
 Refits::Refit* Refits::find_waiting(Predicate&& matches) {
   for (const auto& refit : active_) {
-    const bool waits = refit->phase == Phase::queued || refit->phase == Phase::gating;
+    const bool waits = refit->phase != Phase::idle && refit->phase != Phase::writing;
     if (waits && matches(*refit)) return refit.get();
   }
   return nullptr;

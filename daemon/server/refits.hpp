@@ -1,8 +1,9 @@
 // Refits: every refit from its request to its reply. Read start to end, this file's .cpp is one
 // refit: request -> plan -> queue -> gate -> writing -> copy -> commit -> reply.
 //
-// The loop thread; bytes are moved by the copy pool, or here when they are few. In the steady state
-// nothing is allocated.
+// The loop thread; bytes are moved by the copy pool, or here when they are few. What the first
+// refit of a plan asks of devices is asked in the background. In the steady state nothing is
+// allocated.
 #pragma once
 
 #include <functional>
@@ -10,6 +11,7 @@
 #include <vector>
 
 #include "memory/copy_pool.hpp"
+#include "server/background_pool.hpp"
 #include "server/completion.hpp"
 #include "server/expected.hpp"
 #include "server/plan_cache.hpp"
@@ -24,8 +26,8 @@ namespace refit::daemon {
 class Refits {
  public:
   Refits(Registry& registry, Scheduler& scheduler, Replies& replies, CopyPool& copy_pool,
-         CompletionQueue& completions, DeviceAccess& devices, Statistics& statistics,
-         Waiting waiting);
+         BackgroundPool& background, CompletionQueue& completions, DeviceAccess& devices,
+         Statistics& statistics, Waiting waiting);
   ~Refits();
 
   void begin(Session& trainer, std::uint64_t request_id, const wire::Refit& message,
@@ -57,7 +59,7 @@ class Refits {
   void cancel_waiting(const Error& reason);
 
  private:
-  enum class Phase { idle, queued, gating, writing };
+  enum class Phase { idle, queued, preparing, gating, writing };
 
   struct Target {
     std::size_t engine = 0;  ///< index into Operation::engines
@@ -68,6 +70,7 @@ class Refits {
 
   class Refit;
   friend class Refit;
+  class Preparation;
 
   Refit& take_free();
   void retire(Refit& refit);
@@ -84,6 +87,8 @@ class Refits {
   [[nodiscard]] bool abandoned(const Refit& refit) const;
   void fail_late(Refit& refit);
   void open_gates(Refit& refit);
+  [[nodiscard]] bool plans_are_ready(Refit& refit);
+  void prepared(BoundPlan& plan, Result<std::unique_ptr<DeviceJob>> job);
   static void prefetch(const Refit& refit);
   void wait_briefly(Refit& refit);
   void on_readiness(Refit& refit);
@@ -106,6 +111,7 @@ class Refits {
   Scheduler& scheduler_;
   Replies& replies_;
   CopyPool& copy_pool_;
+  BackgroundPool& background_;
   CompletionQueue& completions_;
   DeviceAccess& devices_;
   Statistics& statistics_;

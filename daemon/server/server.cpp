@@ -146,8 +146,8 @@ Result<void> Server::set_up(ConfigurationSource source) {
   closers_ = std::make_unique<BackgroundPool>(1, completions_);
   registrar_ = std::make_unique<Registrar>(registry_, replies_, scheduler_, *background_, *closers_,
                                            completions_, devices_, configuration_);
-  refits_ = std::make_unique<Refits>(registry_, scheduler_, replies_, *copy_pool_, completions_,
-                                     devices_, statistics_, settings().waiting);
+  refits_ = std::make_unique<Refits>(registry_, scheduler_, replies_, *copy_pool_, *background_,
+                                     completions_, devices_, statistics_, settings().waiting);
   devices_.lost = [this](const Error& error) { device_lost_ = error; };
   checker_ = std::make_unique<Checker>(registry_, scheduler_, replies_, *background_, devices_,
                                        statistics_);

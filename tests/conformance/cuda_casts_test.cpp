@@ -259,6 +259,29 @@ TEST_P(DeviceTooOld, RefusesCastsByNameAndCopiesTheRest) {
   EXPECT_EQ(calls_of(daemon_report()).at("cuModuleLoadData"), 1U);
 }
 
+// Goal: of two plans that are prepared for one refit the one that cannot be refuses it, and the
+// other is there for the next.
+TEST_P(DeviceTooOld, RefusesARefitOfSeveralOfWhichOneCasts) {
+  REFIT_FAKE_ONLY("another compute capability");
+  Model source("transformer", cast_tensors(true));
+  Model plain_target("transformer", cast_tensors(true));
+  Model cast_target("transformer", cast_tensors(false));
+  Trainer trainer = make_trainer(source);
+  Engine plain = make_engine("a", plain_target);
+  Engine cast = make_engine("b", cast_target);
+  const WaitingEngine waiting(plain);
+  const WaitingEngine waiting_too(cast);
+  source.fill(1);
+  for (int i = 0; i < 3; ++i) {
+    const auto refused = trainer.refit_all({{"a", "transformer"}, {"b", "transformer"}}, soon());
+    EXPECT_NE(text_of(refused).find("209"), std::string::npos) << text_of(refused);
+    EXPECT_FALSE(plain_target.equals(source));
+  }
+  EXPECT_EQ(waiting.events() + waiting_too.events(), 0);
+  must(trainer.refit({"a", "transformer"}, soon()));
+  EXPECT_TRUE(plain_target.equals(source));
+}
+
 class DevicesApart : public DeviceCasts {
  protected:
   DevicesApart() : DeviceCasts(apart()) {}

@@ -38,8 +38,8 @@ Daemon::Daemon(Kernel& kernel, Waiting waiting, std::uint64_t first_link)
       closers_(1, completions_),
       registrar_(registry_, replies_, scheduler_, background_, closers_, completions_, devices_,
                  configuration_),
-      refits_(registry_, scheduler_, replies_, *copy_pool_, completions_, devices_, statistics_,
-              waiting),
+      refits_(registry_, scheduler_, replies_, *copy_pool_, background_, completions_, devices_,
+              statistics_, waiting),
       next_link_(first_link) {
   replies_.overrun = [this](daemon::Session& session) { overrun_.push_back(session.id); };
   registrar_.drain_tickets = [this](daemon::Session& session) {
