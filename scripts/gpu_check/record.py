@@ -28,6 +28,7 @@ class Run:
         self.result = pathlib.Path(result)
         self.log_lock = threading.Lock()
         self.fake = fake
+        self.limit_s = limit_s
         self.end = time.monotonic() + limit_s
         self.steps = []
         self.about = {}

@@ -169,7 +169,9 @@ class Steps:
     def make(self, targets):
         """Builds what can be built of `targets`; returns the rest."""
         keep_going = ["--", "-k", "0"] if shutil.which("ninja") else ["--", "-k"]
-        self.run.command(["cmake", "--build", self.build, "-j", str(self.jobs), "--target", *targets, *keep_going], 420)
+        # The questions to the driver need no build, and are worth what it leaves them.
+        self.run.command(["cmake", "--build", self.build, "-j", str(self.jobs), "--target", *targets, *keep_going],
+                         self.run.limit_s * 3 / 4)
         self.built.update(target for target in targets if self.program(target))
         return [target for target in targets if target not in self.built]
 
