@@ -217,13 +217,16 @@ void Checker::note_absent(CheckOperation& operation) {
   std::sort(operation.absent.begin(), operation.absent.end());
 }
 
-/// A check of all tensors that found them equal proves the version, whoever asked for it.
+/// A check of all tensors, in every place that they have, proves the version if it found them
+/// equal, whoever asked for it.
 void Checker::note_check(const CheckOperation& operation, std::size_t verified, std::size_t wrong) {
   statistics_.checked(verified, wrong, operation.missing.size());
   const ModuleState state = operation.reading.word.state;
   const bool whole = state == ModuleState::initial || state == ModuleState::committed;
-  if (whole && wrong == 0 && operation.missing.empty() &&
-      operation.hashing.host_count == operation.hashing.registration->manifest->tensors().size()) {
+  const Manifest& manifest = *operation.hashing.registration->manifest;
+  const bool every_place = operation.hashing.host_count == manifest.tensors().size() &&
+                           (manifest.layer_buffers().empty() || operation.place == Place::all);
+  if (whole && every_place && wrong == 0 && operation.missing.empty()) {
     operation.hashing.registration->proof = Proof{operation.reading.version, Clock::now()};
   }
 }

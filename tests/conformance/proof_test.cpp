@@ -212,6 +212,12 @@ TEST_P(SkippedLayers, LayerThatWasLeftOutIsNotProvenUntilItIsAbsent) {
   EXPECT_TRUE(eventually([&] { return proofs().different == 1; }));
   EXPECT_EQ(proven_version(), std::nullopt);
   EXPECT_EQ(engine_->state("transformer"), ModuleState::committed);
+  CheckRequest request{"flux", "transformer", DigestKind::raw, live_digests(), Place::host};
+  EXPECT_TRUE(must(observer_->check(request, soon())).ok());
+  EXPECT_EQ(proven_version(), std::nullopt) << "by a check of the other place";
+  request.place = Place::all;
+  EXPECT_FALSE(must(observer_->check(request, soon())).device_mismatched.empty());
+  EXPECT_EQ(proven_version(), std::nullopt);
   offloaded_.drop(1);
   refit();
   EXPECT_TRUE(reaches(2));

@@ -31,7 +31,8 @@ struct CheckReport {
   std::vector<std::string> absent;             ///< asked for on the device, and not there now
   ModuleState state = ModuleState::none;
   std::uint64_t version = 0;
-  /// The last version of which a check or the proof in the background found every tensor equal.
+  /// The last version of which a check or the proof in the background found every tensor equal, in
+  /// every place that it has: a check of an offloaded module asks for Place::all to prove anything.
   std::optional<std::uint64_t> proven_version;
 
   /// Everything expected is there, equal, and the module is whole.
