@@ -103,6 +103,9 @@ class Steps:
         where = "carried libraries" if self.carried.is_dir() else "this host's packages"
         facts = {"kernel": platform.release(), "libc": " ".join(platform.libc_ver()), "cpus": os.cpu_count(),
                  "uid": os.getuid(), "torch": self.torch}
+        closed = [folder for folder in self.build.parents if not folder.stat().st_mode & 0o001]
+        if self.run.fake and facts["uid"] == 0 and closed:
+            raise Failed(f"other users may not enter {closed[-1]}, and the fake driver lies in it: rehearse elsewhere", facts)
         return f"{facts['kernel']}, {facts['libc']}, {facts['cpus']} CPUs, {torch}; {where}", facts
 
     def driver_environment(self):
