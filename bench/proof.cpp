@@ -3,9 +3,9 @@
 // Entered by the orchestrating thread. A daemon that proves and one that does not take turns, and
 // each refit is set against a plain copy just before it that no proof disturbed, because the speed
 // of memory drifts by more than the proof costs.
+#include <chrono>
 #include <refit/observer.hpp>
 #include <thread>
-#include <utility>
 
 #include "bench.hpp"
 #include "roles.hpp"
@@ -16,7 +16,7 @@ namespace {
 
 /// Of daemons that prove, or do not.
 struct Daemons {
-  const char* threads;  ///< that prove
+  bool prove;
   Samples refit_s = {};
   Samples over_copy = {};
   std::uint64_t beside_a_proof = 0;  ///< how many proofs a refit found under way
@@ -39,10 +39,10 @@ Result<void> await_proof(Observer& observer) {
 
 /// By a daemon of their own, so that no choice that a daemon makes for its life weighs on one side.
 Result<void> measure_batch(const Bench& bench, Pair& pair, Daemons& side, int count) {
-  const bool proves = std::string_view(side.threads) != "0";
+  const char* const threads = side.prove ? "1" : "0";
   REFIT_TRY_ASSIGN(
       Daemon daemon,
-      Daemon::start({bench.options.refitd, "adaptive", {}, {"--proof-threads", side.threads}},
+      Daemon::start({bench.options.refitd, "adaptive", {}, {"--proof-threads", threads}},
                     bench.directory));
   ConnectOptions options;
   options.socket_path = daemon.socket();
@@ -50,7 +50,7 @@ Result<void> measure_batch(const Bench& bench, Pair& pair, Daemons& side, int co
   REFIT_TRY(pair.attach(daemon.socket(), "adaptive"));
   REFIT_TRY(pair.refits(2));
   for (int i = 0; i < count; ++i) {
-    if (proves) REFIT_TRY(await_proof(observer));
+    if (side.prove) REFIT_TRY(await_proof(observer));
     REFIT_TRY_ASSIGN(const Message copy, pair.trainer.call({{"command", "copy"}}));
     // The second begins while the first is being proven.
     REFIT_TRY_ASSIGN(const Samples refits, pair.refits(2));
@@ -66,8 +66,8 @@ Result<void> measure_batch(const Bench& bench, Pair& pair, Daemons& side, int co
 }  // namespace
 
 Result<void> measure_proof(Bench& bench, Pair& pair) {
-  Daemons on{"1"};
-  Daemons off{"0"};
+  Daemons on{true};
+  Daemons off{false};
   const int batches = bench.times(8, 1);
   for (int batch = 0; batch < batches; ++batch) {
     bench.progress("refits beside a proof and without one, batch " + std::to_string(batch + 1) +
