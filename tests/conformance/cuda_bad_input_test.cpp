@@ -27,7 +27,6 @@ namespace {
 
 using namespace std::chrono_literals;
 
-const RefitTarget kTransformer{"flux", "transformer"};
 constexpr std::uint64_t kTensorBytes = 64;
 
 /// What a client says of its device memory; each test spoils one part.
@@ -103,7 +102,7 @@ class BadDeviceMemory : public Refit {
     source.fill(8);
     Trainer trainer = make_trainer(source);
     const WaitingEngine waiting(*engine_);
-    const auto report = trainer.refit(kTransformer, soon());
+    const auto report = trainer.refit(kWhole, soon());
     EXPECT_TRUE(report) << text_of(report);
     EXPECT_TRUE(target_.equals(source));
   }

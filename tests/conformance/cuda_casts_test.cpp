@@ -49,7 +49,7 @@ class DeviceCasts : public DeviceFixture {
     const WaitingEngine waiting(engine);
     for (std::uint64_t step = 1; step <= 3; ++step) {
       source.fill(step);
-      const auto report = trainer.refit(kTransformer, soon());
+      const auto report = trainer.refit(kWhole, soon());
       ASSERT_TRUE(report) << report.error().to_string();
       cast_all(expected, source);
       EXPECT_TRUE(target.equals(expected)) << "step " << step;
@@ -108,7 +108,7 @@ TEST_P(DeviceCasts, OfStridedTensors) {
     Engine engine = make_engine("flux", target);
     const WaitingEngine waiting(engine);
     source.fill(5);
-    const auto report = trainer.refit(kTransformer, soon());
+    const auto report = trainer.refit(kWhole, soon());
     ASSERT_TRUE(report) << report.error().to_string();
     target.download();
     for (std::size_t i = 0; i < target_tensors.size(); ++i) {
@@ -148,7 +148,7 @@ TEST_P(DeviceCasts, IntoResidentLayers) {
     for (std::size_t layer = step % 3; layer < kLayers && step != 4; layer += 2)
       target.fetch(layer);
     source.fill(step);
-    must(trainer.refit(kTransformer, soon()));
+    must(trainer.refit(kWhole, soon()));
     must(engine.poll(soon()));
     for (std::size_t i = 0; i < made.size(); ++i) {
       cast_by_definition(*cast_between(DType::float32, made[i].dtype), expected.data(i),
@@ -174,7 +174,7 @@ TEST_P(DeviceCasts, StridesThatAreTooFineForCopies) {
   Engine engine = make_engine("flux", target);
   const WaitingEngine waiting(engine);
   source.fill(1);
-  const auto report = trainer.refit(kTransformer, soon());
+  const auto report = trainer.refit(kWhole, soon());
   ASSERT_TRUE(report) << report.error().to_string();
   target.download();
   bool same = true;
@@ -243,14 +243,14 @@ TEST_P(DeviceTooOld, RefusesCastsByNameAndCopiesTheRest) {
   const WaitingEngine waiting(engine);
   source.fill(1);
   for (int i = 0; i < 2; ++i) {
-    const auto refused = trainer.refit(kTransformer, soon());
+    const auto refused = trainer.refit(kWhole, soon());
     EXPECT_EQ(code_of(refused), Errc::cuda) << text_of(refused);
     EXPECT_NE(text_of(refused).find("209"), std::string::npos) << text_of(refused);
     EXPECT_NE(text_of(refused).find("casting device 0 to device 0"), std::string::npos);
     EXPECT_TRUE(one_detail_has(refused, {"float32_to_bfloat16", "flux/transformer",
                                          "torch.bfloat16", "torch.float32", "is cast"}))
         << text_of(refused);
-    RefitTarget plain = kTransformer;
+    RefitTarget plain = kWhole;
     plain.selection = {"same"};
     const auto report = trainer.refit(plain, soon());
     ASSERT_TRUE(report) << report.error().to_string();
@@ -302,7 +302,7 @@ TEST_P(DevicesApart, RefuseACastByNameThatNeitherCouldMake) {
   Engine engine = make_engine("flux", target);
   const WaitingEngine waiting(engine);
   source.fill(1);
-  const auto refused = trainer.refit(kTransformer, soon());
+  const auto refused = trainer.refit(kWhole, soon());
   EXPECT_EQ(code_of(refused), Errc::unsupported) << text_of(refused);
   EXPECT_NE(text_of(refused).find("cannot reach"), std::string::npos) << text_of(refused);
   EXPECT_TRUE(one_detail_has(refused, {"float32_to_bfloat16", "flux/transformer"}))

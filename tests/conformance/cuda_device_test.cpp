@@ -25,7 +25,7 @@ class Devices : public DeviceFixture {
                      std::uint64_t first_step) {
     for (std::uint64_t step = first_step; step < first_step + 3; ++step) {
       source.fill(step);
-      const auto report = trainer.refit(kTransformer, soon());
+      const auto report = trainer.refit(kWhole, soon());
       ASSERT_TRUE(report) << report.error().to_string();
       EXPECT_TRUE(target.equals(source)) << "step " << step;
     }
@@ -51,7 +51,7 @@ TEST_P(Devices, HostSourceReachesADeviceTarget) {
   Engine engine = make_engine("flux", target);
   const WaitingEngine waiting(engine);
   expect_refits(trainer, source, target, 1);
-  EXPECT_EQ(must(trainer.refit(kTransformer, soon())).guarantee, Guarantee::atomic)
+  EXPECT_EQ(must(trainer.refit(kWhole, soon())).guarantee, Guarantee::atomic)
       << "the source outlives its trainer";
 }
 
@@ -93,7 +93,7 @@ TEST_P(Devices, ModulesThatAreInPartOnTheHostAreRefittedWhole) {
   for (std::uint64_t step = 1; step <= 3; ++step) {
     device_source.fill(step);
     host_source.fill(step);
-    const auto report = trainer.refit(kTransformer, soon());
+    const auto report = trainer.refit(kWhole, soon());
     ASSERT_TRUE(report) << report.error().to_string();
     device_target.download();
     for (std::size_t i = 0; i < tensors.size(); ++i) {
@@ -148,7 +148,7 @@ TEST_P(Devices, OffloadedLayersComeFromAHostSourceToo) {
   must(engine.register_module(target.spec(), soon()));
   engine.bind_to_this_thread();
   target.fetch(2);
-  const RefitReport report = must(trainer.refit(kTransformer, soon()));
+  const RefitReport report = must(trainer.refit(kWhole, soon()));
   must(engine.poll(soon()));
   EXPECT_GT(report.device_bytes, 0U);
   EXPECT_TRUE(target.holds_exactly(source));
@@ -196,7 +196,7 @@ TEST_P(Devices, RefitOfResidentLayersIsOneBatchForEachPairHoweverManyThereAre) {
   must(engine.register_module(target.spec(), soon()));
   engine.bind_to_this_thread();
   source.fill(1);
-  must(trainer.refit(kTransformer, soon()));
+  must(trainer.refit(kWhole, soon()));
   must(engine.poll(soon()));
   const auto report = daemon_report();
   const auto held = gauges_of(report);
@@ -206,7 +206,7 @@ TEST_P(Devices, RefitOfResidentLayersIsOneBatchForEachPairHoweverManyThereAre) {
     for (std::size_t layer = 0; layer < resident; ++layer) target.fetch(layer);
     source.fill(10 + resident);
     const auto before = calls_of(report);
-    const RefitReport refitted = must(trainer.refit(kTransformer, soon()));
+    const RefitReport refitted = must(trainer.refit(kWhole, soon()));
     must(engine.poll(soon()));
     const Calls made = since(before, calls_of(report));
     const std::uint64_t batches = resident == 0 ? 1 : 2;
@@ -249,7 +249,7 @@ TEST_P(Devices, LayersComeFromBothSidesAtOnce) {
     target.fetch(2);
     on_device.fill(3);
     on_host.fill(3);
-    const auto report = trainer.refit(kTransformer, soon());
+    const auto report = trainer.refit(kWhole, soon());
     ASSERT_TRUE(report) << name_of(pool) << ": " << report.error().to_string();
     must(engine.poll(soon()));
     EXPECT_TRUE(target.holds_exactly(on_host)) << name_of(pool);
@@ -282,7 +282,7 @@ TEST_P(DevicesWithOneHashingThread, TenThousandRefitsWithDigestsLeaveNothingBehi
     for (Model* const target : {&second, &first}) {
       must(engine.register_module(target->spec(), soon()));
       for (std::uint64_t i = 0; i < refits; ++i) {
-        must(trainer.refit(kTransformer, soon()));
+        must(trainer.refit(kWhole, soon()));
         must(trainer.digest({"flux", "transformer", DigestKind::raw}, soon()));
       }
       must(engine.poll(soon()));
@@ -316,7 +316,7 @@ TEST_P(DevicesWithOneHashingThread, TenThousandRefitsWithDigestsLeaveNothingBehi
       << fds << " before, " << count_fds(daemon_.pid()) << " after";
   EXPECT_LE(count_maps(daemon_.pid()), maps);
   source.fill(5);
-  must(trainer.refit(kTransformer, soon()));
+  must(trainer.refit(kWhole, soon()));
   EXPECT_TRUE(first.equals(source));
 }
 
@@ -466,7 +466,7 @@ TEST_P(Devices, HostMemoryThatAStreamStillWritesIsWaitedFor) {
                  source.data(0), reinterpret_cast<CUdeviceptr>(on_device.address(0)), kBytes,
                  static_cast<DeviceStorage&>(on_device.storage()).stream()),
              "cuMemcpyDtoHAsync");
-  must(trainer.refit(kTransformer, soon()));
+  must(trainer.refit(kWhole, soon()));
   on_device.download();
   EXPECT_EQ(std::memcmp(target.data(0), on_device.data(0), kBytes), 0);
   must(trainer.unregister_module("transformer", soon()));

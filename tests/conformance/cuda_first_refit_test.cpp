@@ -6,8 +6,7 @@
 
 #include <csignal>
 
-#include "conformance/memory_kinds.hpp"
-#include "support/daemon_test.hpp"
+#include "conformance/device_daemon_test.hpp"
 #include "support/waiting_engine.hpp"
 
 namespace refit::test {
@@ -15,7 +14,7 @@ namespace {
 
 using namespace std::chrono_literals;
 
-class CudaFirstRefit : public DaemonTest {
+class CudaFirstRefit : public DeviceDaemonTest {
  protected:
   /// `armed` is an action. Two background threads, so that one may hang.
   explicit CudaFirstRefit(const std::string& armed) {
@@ -25,14 +24,6 @@ class CudaFirstRefit : public DaemonTest {
     how.point = "plan.prepare=" + armed;
     how.arguments = {"--check-threads", "2"};
     start(how);
-  }
-  ~CudaFirstRefit() override {
-    daemon_.reset();
-    end_of_test();
-  }
-  static Model device_model() {
-    return {"transformer", small_tensors(),
-            make_storage(memory_kinds().front(), Model::sizes_of(small_tensors()))};
   }
 
   Model source_ = device_model();

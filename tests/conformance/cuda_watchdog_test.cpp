@@ -1,8 +1,7 @@
 // The thread that copies on devices is watched like every other worker: one that hangs stops the
 // pings, although the loop goes on.
 
-#include "conformance/memory_kinds.hpp"
-#include "support/daemon_test.hpp"
+#include "conformance/device_daemon_test.hpp"
 #include "support/notify_socket.hpp"
 
 namespace refit::test {
@@ -12,17 +11,7 @@ using namespace std::chrono_literals;
 
 constexpr auto kPeriod = 400ms;
 
-class CudaWatchdog : public DaemonTest {
- protected:
-  ~CudaWatchdog() override {
-    daemon_.reset();
-    end_of_test();
-  }
-  static Model model() {
-    return {"transformer", small_tensors(),
-            make_storage(memory_kinds().front(), Model::sizes_of(small_tensors()))};
-  }
-};
+using CudaWatchdog = DeviceDaemonTest;
 
 // Method: the thread never returns from telling that a copy has ended.
 TEST_F(CudaWatchdog, HangingDeviceCopyThreadStopsThePings) {
@@ -35,8 +24,8 @@ TEST_F(CudaWatchdog, HangingDeviceCopyThreadStopsThePings) {
   how.environment = {{"NOTIFY_SOCKET", path},
                      {"WATCHDOG_USEC", std::to_string(std::chrono::microseconds(kPeriod).count())}};
   start(how);
-  Model source = model();
-  Model target = model();
+  Model source = device_model();
+  Model target = device_model();
   Engine engine = make_engine("flux", target);
   Trainer trainer = make_trainer(source);
   Trainer other = connect_trainer();

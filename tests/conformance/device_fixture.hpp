@@ -14,8 +14,6 @@
 
 namespace refit::test {
 
-inline const RefitTarget kTransformer{"flux", "transformer"};
-
 class DeviceFixture : public Refit {
  protected:
   /// Without proofs, whose calls come when they like.

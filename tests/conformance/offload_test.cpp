@@ -21,7 +21,6 @@ namespace {
 using namespace std::chrono_literals;
 
 constexpr std::size_t kLayers = 6;
-const RefitTarget kWhole{"flux", "transformer"};
 
 Digest sha256(const std::byte* data, std::size_t bytes) {
   Digest digest;

@@ -17,7 +17,6 @@ namespace {
 using namespace std::chrono_literals;
 
 constexpr std::size_t kLayers = 6;
-const RefitTarget kWhole{"flux", "transformer"};
 
 class Places : public DaemonTest {
  protected:

@@ -10,8 +10,6 @@ namespace {
 
 using namespace std::chrono_literals;
 
-const RefitTarget kTransformer{"flux", "transformer"};
-
 TEST_P(Refit, CopiesEveryTensorAndCountsVersions) {
   Model source("transformer", small_tensors());
   Model target("transformer", small_tensors());
@@ -20,7 +18,7 @@ TEST_P(Refit, CopiesEveryTensorAndCountsVersions) {
   const WaitingEngine waiting(engine);
   for (std::uint64_t step = 1; step <= 20; ++step) {
     source.fill(step);
-    const auto report = trainer.refit(kTransformer, soon());
+    const auto report = trainer.refit(kWhole, soon());
     ASSERT_TRUE(report) << report.error().to_string();
     EXPECT_EQ(report->version, step);
     EXPECT_EQ(report->tensors, source.names().size());
@@ -38,7 +36,7 @@ TEST_P(Refit, ReportsBytesTensorsGuaranteeAndTransaction) {
   const WaitingEngine waiting(engine);
   RefitOptions with_id;
   with_id.transaction = TransactionId{7, 9};
-  const auto report = trainer.refit(kTransformer, soon(), with_id);
+  const auto report = trainer.refit(kWhole, soon(), with_id);
   ASSERT_TRUE(report) << report.error().to_string();
   EXPECT_EQ(report->bytes, bytes);
   EXPECT_EQ(report->tensors, small_tensors().size());
@@ -62,7 +60,7 @@ TEST_P(Refit, CopiesLargeTensorsOfOddSizes) {
   const WaitingEngine waiting(engine);
   for (std::uint64_t step = 1; step <= 3; ++step) {
     source.fill(step);
-    const auto report = trainer.refit(kTransformer, soon());
+    const auto report = trainer.refit(kWhole, soon());
     ASSERT_TRUE(report) << report.error().to_string();
     EXPECT_TRUE(target.equals(source));
   }
@@ -84,7 +82,7 @@ TEST_P(Refit, FollowsStridesOnEitherSide) {
   must(trainer.register_module(transposed, soon()));
   Engine engine = make_engine("flux", target);
   const WaitingEngine waiting(engine);
-  const auto report = trainer.refit(kTransformer, soon());
+  const auto report = trainer.refit(kWhole, soon());
   ASSERT_TRUE(report) << report.error().to_string();
   target.download();
   for (std::uint64_t row = 0; row < kRows; ++row) {
@@ -121,7 +119,7 @@ TEST_P(Refit, CastsToTheDtypeOfTheTarget) {
   const WaitingEngine waiting(engine);
   for (std::uint64_t step = 1; step <= 2; ++step) {
     source.fill(step);
-    const auto report = trainer.refit(kTransformer, soon());
+    const auto report = trainer.refit(kWhole, soon());
     if (!can_cast(GetParam())) {
       EXPECT_EQ(code_of(report), Errc::unsupported) << text_of(report);
       EXPECT_TRUE(
@@ -154,7 +152,7 @@ TEST_P(Refit, SharesOneThreadBetweenTrainerAndEngine) {
   Engine engine = make_engine("flux", target);
   engine.bind_to_this_thread();
   source.fill(1);
-  const auto report = trainer.refit(kTransformer, soon());
+  const auto report = trainer.refit(kWhole, soon());
   ASSERT_TRUE(report) << report.error().to_string();
   EXPECT_TRUE(target.equals(source));
   const auto event = engine.poll(soon());
@@ -176,7 +174,7 @@ TEST_P(Refit, WritesNothingBeforeTheEngineHoldsStill) {
   Trainer trainer = make_trainer(source);
   Engine engine = make_engine("flux", target);
   quiet(engine);
-  BackgroundRefit refit(trainer, {kTransformer}, soon());
+  BackgroundRefit refit(trainer, {kWhole}, soon());
   ASSERT_TRUE(asked(engine));
   EXPECT_TRUE(target.equals(before));
   EXPECT_TRUE(engine.step_allowed());
@@ -198,7 +196,7 @@ TEST_P(Refit, TellsTheEngineModuleVersionAndTransaction) {
     how.transaction = id;
     how.reset_caches = reset_caches;
     engine.bind_to_this_thread();
-    const auto report = trainer.refit(kTransformer, soon(), how);
+    const auto report = trainer.refit(kWhole, soon(), how);
     ASSERT_TRUE(report) << report.error().to_string();
     const auto event = engine.poll(soon());
     ASSERT_TRUE(event);
@@ -222,7 +220,7 @@ TEST_P(Refit, EngineThatIsNotReadyInTimeIsNamedAndUnchanged) {
   before.fill(2);
   Trainer trainer = make_trainer(source);
   Engine engine = make_engine("flux", target);
-  const auto refused = trainer.refit(kTransformer, Deadline::in(300ms));
+  const auto refused = trainer.refit(kWhole, Deadline::in(300ms));
   EXPECT_EQ(code_of(refused), Errc::engine_not_ready) << text_of(refused);
   EXPECT_NE(text_of(refused).find("flux"), std::string::npos) << text_of(refused);
   EXPECT_TRUE(target.equals(before));
@@ -231,7 +229,7 @@ TEST_P(Refit, EngineThatIsNotReadyInTimeIsNamedAndUnchanged) {
 
   // The question that timed out must not confuse the next one.
   const WaitingEngine waiting(engine);
-  const auto report = trainer.refit(kTransformer, soon());
+  const auto report = trainer.refit(kWhole, soon());
   ASSERT_TRUE(report) << report.error().to_string();
   EXPECT_EQ(report->version, 1U);
   EXPECT_TRUE(target.equals(source));
@@ -244,7 +242,7 @@ TEST_P(Refit, IdleEngineIsWokenThroughItsFd) {
   Engine engine = make_engine("flux", target);
   for (std::uint64_t step = 1; step <= 3; ++step) {
     source.fill(step);
-    BackgroundRefit refit(trainer, {kTransformer}, soon());
+    BackgroundRefit refit(trainer, {kWhole}, soon());
     bool committed = false;
     while (!committed) {
       ASSERT_TRUE(asked(engine));
@@ -270,7 +268,7 @@ TEST_P(Refit, EngineServesItsGateOnItsOwnThread) {
                      }}));
   for (std::uint64_t step = 1; step <= 3; ++step) {
     source.fill(step);
-    const auto report = trainer.refit(kTransformer, soon());
+    const auto report = trainer.refit(kWhole, soon());
     ASSERT_TRUE(report) << report.error().to_string();
     EXPECT_TRUE(target.equals(source));
     EXPECT_TRUE(eventually([&] { return seen.load() == step; }));
@@ -287,12 +285,12 @@ TEST_P(Refit, ModuleThatIsRegisteredAgainKeepsItsVersionAndGetsTheBytes) {
   Engine engine = make_engine("flux", first);
   engine.bind_to_this_thread();
   source.fill(1);
-  must(trainer.refit(kTransformer, soon()));
+  must(trainer.refit(kWhole, soon()));
   must(engine.poll(soon()));
   must(engine.register_module(second.spec(), soon()));
   EXPECT_EQ(engine.version("transformer"), 1U);
   source.fill(2);
-  const auto report = trainer.refit(kTransformer, soon());
+  const auto report = trainer.refit(kWhole, soon());
   ASSERT_TRUE(report) << report.error().to_string();
   EXPECT_EQ(report->version, 2U);
   EXPECT_TRUE(second.equals(source));
@@ -308,10 +306,10 @@ TEST_P(Refit, SourceThatIsRegisteredAgainIsReadFromItsNewMemory) {
   Trainer trainer = make_trainer(first);
   Engine engine = make_engine("flux", target);
   const WaitingEngine waiting(engine);
-  must(trainer.refit(kTransformer, soon()));
+  must(trainer.refit(kWhole, soon()));
   EXPECT_TRUE(target.equals(first));
   must(trainer.register_module(second.spec(), soon()));
-  must(trainer.refit(kTransformer, soon()));
+  must(trainer.refit(kWhole, soon()));
   EXPECT_TRUE(target.equals(second));
 }
 
@@ -321,18 +319,18 @@ TEST_P(Refit, UnregisteredModuleIsNoTargetAndNoSource) {
   Trainer trainer = make_trainer(source);
   Engine engine = make_engine("flux", target);
   must(engine.unregister_module("transformer", soon()));
-  const auto no_target = trainer.refit(kTransformer, soon());
+  const auto no_target = trainer.refit(kWhole, soon());
   EXPECT_EQ(code_of(no_target), Errc::no_such_module) << text_of(no_target);
   EXPECT_NE(text_of(no_target).find("flux"), std::string::npos) << text_of(no_target);
   must(engine.register_module(target.spec(), soon()));
   must(trainer.unregister_module("transformer", soon()));
-  const auto no_source = trainer.refit(kTransformer, soon());
+  const auto no_source = trainer.refit(kWhole, soon());
   EXPECT_EQ(code_of(no_source), Errc::no_such_module) << text_of(no_source);
   EXPECT_NE(text_of(no_source).find("trainer"), std::string::npos) << text_of(no_source);
   must(trainer.register_module(source.spec(), soon()));
   source.fill(3);
   const WaitingEngine waiting(engine);
-  const auto report = trainer.refit(kTransformer, soon());
+  const auto report = trainer.refit(kWhole, soon());
   ASSERT_TRUE(report) << report.error().to_string();
   EXPECT_TRUE(target.equals(source));
 }

@@ -21,7 +21,6 @@ class GateUse : public DaemonTest {
   std::unique_ptr<Model> source_ = model_of(small_tensors(), 31);
   std::unique_ptr<Model> target_ = model_of(small_tensors(), 30);
   std::unique_ptr<Model> old_ = model_of(small_tensors(), 30);
-  const RefitTarget kTarget{"flux", "transformer"};
 };
 
 TEST_F(GateUse, OneThreadForTrainerAndBoundEngineWorks) {
@@ -30,7 +29,7 @@ TEST_F(GateUse, OneThreadForTrainerAndBoundEngineWorks) {
   sut.bind_to_this_thread();
   for (std::uint64_t step = 1; step <= 50; ++step) {
     source_->fill(step);
-    const auto report = trainer.refit(kTarget, soon());
+    const auto report = trainer.refit(kWhole, soon());
     ASSERT_TRUE(report) << text_of(report);
     EXPECT_EQ(report->version, step);
     const auto event = must(sut.poll(soon()));
@@ -44,7 +43,7 @@ TEST_F(GateUse, OneThreadForTrainerAndBoundEngineWorks) {
 TEST_F(GateUse, OneThreadWithoutBindingReturnsItsNamedError) {
   Trainer trainer = make_trainer(*source_);
   Engine sut = make_engine("flux", *target_);
-  const auto report = trainer.refit(kTarget, Deadline::in(200ms));
+  const auto report = trainer.refit(kWhole, Deadline::in(200ms));
   EXPECT_EQ(code_of(report), Errc::engine_not_ready) << text_of(report);
   EXPECT_NE(text_of(report).find("flux"), std::string::npos);
   EXPECT_TRUE(target_->equals(*old_));
@@ -102,7 +101,7 @@ TEST_F(GateUse, TwoThreadsNeverStepOnAMix) {
 TEST_F(GateUse, IdleEngineIsWokenThroughItsFd) {
   Trainer trainer = make_trainer(*source_);
   Engine sut = make_engine("flux", *target_);
-  BackgroundRefit refit(trainer, {kTarget}, soon());
+  BackgroundRefit refit(trainer, {kWhole}, soon());
   std::optional<GateEvent> event;
   while (!event) {
     pollfd entry{sut.fd(), POLLIN, 0};
@@ -164,7 +163,7 @@ TEST_F(GateUse, ServeHoldsTheLoopAndReleasesItWithTheEvent) {
   });
   for (std::uint64_t step = 1; step <= 20; ++step) {
     source_->fill(step);
-    const auto report = trainer.refit(kTarget, soon());
+    const auto report = trainer.refit(kWhole, soon());
     ASSERT_TRUE(report) << text_of(report);
     EXPECT_TRUE(eventually([&] { return version.load() == step; }));
   }
@@ -188,7 +187,7 @@ TEST_F(GateUse, ServedLoopThatCannotHoldMakesTheRefitReturnItsNamedError) {
   };
   handler.release = [](const GateEvent*) {};
   must(sut.serve(handler));
-  const auto report = trainer.refit(kTarget, Deadline::in(200ms));
+  const auto report = trainer.refit(kWhole, Deadline::in(200ms));
   EXPECT_EQ(code_of(report), Errc::engine_not_ready) << text_of(report);
   EXPECT_EQ(asked.load(), 1);
   EXPECT_TRUE(target_->equals(*old_));
@@ -212,7 +211,7 @@ TEST_F(GateUse, ServingThreadThatRefusedLetsGoOfADeadDaemon) {
   handler.release = [](const GateEvent*) {};
   must(sut.serve(handler));
   const std::size_t fds_serving = count_fds(::getpid());
-  EXPECT_EQ(code_of(trainer.refit(kTarget, soon())), Errc::engine_not_ready);
+  EXPECT_EQ(code_of(trainer.refit(kWhole, soon())), Errc::engine_not_ready);
   EXPECT_EQ(asked.load(), 1);
   daemon_->kill_now();
   // Socket, pidfd and two doorbells at least; its epoll fd and the stop doorbell stay.
@@ -237,11 +236,11 @@ TEST_F(GateUse, StepOfTenSecondsIsRefusedByAShortDeadlineAndAwaitedByALongOne) {
     EXPECT_TRUE(poll_until_event(sut, soon()));
   });
   ASSERT_TRUE(eventually([&] { return in_step.load(); }));
-  const auto refused = trainer.refit(kTarget, Deadline::in(300ms));
+  const auto refused = trainer.refit(kWhole, Deadline::in(300ms));
   EXPECT_EQ(code_of(refused), Errc::engine_not_ready) << text_of(refused);
   EXPECT_FALSE(step_over.load());
   EXPECT_TRUE(target_->equals(*old_));
-  const auto report = trainer.refit(kTarget, Deadline::in(40s));
+  const auto report = trainer.refit(kWhole, Deadline::in(40s));
   EXPECT_TRUE(step_over.load());
   engine.join();
   ASSERT_TRUE(report) << text_of(report);
@@ -296,7 +295,7 @@ TEST_F(GateUse, RegistrationDuringAGateIsAlwaysAnswered) {
   Engine sut = make_engine("flux", *target_);
   std::atomic<bool> stop{false};
   std::thread refits([&] {
-    while (!stop.load()) (void)trainer.refit(kTarget, Deadline::in(1ms));
+    while (!stop.load()) (void)trainer.refit(kWhole, Deadline::in(1ms));
   });
   int answered = 0;
   for (int i = 0; i < 300; ++i) {

@@ -6,10 +6,12 @@
 
 #include "ipc/wire.hpp"
 #include "model.hpp"
-#include "must.hpp"
+#include "support/must.hpp"
 
 namespace refit::sim {
 namespace {
+
+using test::must;
 
 constexpr uid_t kUid = 1000;
 constexpr int kRequestsPerTurn = 64;

@@ -5,10 +5,12 @@
 #include <algorithm>
 
 #include "link.hpp"
-#include "must.hpp"
+#include "support/must.hpp"
 
 namespace refit::sim {
 namespace {
+
+using test::must;
 
 Model* current_model = nullptr;
 
