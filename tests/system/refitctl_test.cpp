@@ -10,6 +10,7 @@
 #include <cerrno>
 #include <csignal>
 
+#include "support/eventually.hpp"
 #include "support/refitctl_system.hpp"
 
 namespace refit::test {
@@ -52,6 +53,11 @@ TEST_F(RefitctlSystem, StatusShowsTheLastRefit) {
   start_engine(names);
   const auto report = refit_once(names, '+');
   ASSERT_TRUE(report) << report.error().to_string();
+  // The daemon proves it in the background.
+  ASSERT_TRUE(eventually([&] {
+    return parsed(refitctl({"modules", "--json"})).at("modules").at(0).at("proven_version") ==
+           report->version;
+  }));
 
   const Finished text = refitctl({"status"});
   const json root = parsed(refitctl({"status", "--json"}));
