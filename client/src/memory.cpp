@@ -1,6 +1,7 @@
 #include "refit/memory.hpp"
 
 #include <fcntl.h>
+#include <unistd.h>
 
 #include <string>
 #include <utility>
@@ -24,7 +25,11 @@ Result<std::shared_ptr<SharedMemory>> SharedMemory::allocate(std::size_t bytes, 
   if (bytes == 0)
     return fail(Errc::bad_argument,
                 std::string(label) + ": cannot allocate zero bytes of shared memory");
-  const std::size_t rounded = (bytes + kHugePageBytes - 1) & ~(kHugePageBytes - 1);
+  // A last huge page that is part empty costs less than small pages do; in small memory it is most
+  // of what there is.
+  const std::size_t unit =
+      bytes < kHugePageBytes ? static_cast<std::size_t>(::sysconf(_SC_PAGESIZE)) : kHugePageBytes;
+  const std::size_t rounded = (bytes + unit - 1) & ~(unit - 1);
   if (rounded < bytes) return fail(Errc::bad_argument, std::string(label) + ": the size overflows");
   auto state = std::make_unique<State>();
   REFIT_TRY_ASSIGN(state->fd, make_memfd(label, rounded));

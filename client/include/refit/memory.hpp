@@ -37,9 +37,9 @@ class REFIT_API Memory {
 
 class REFIT_API SharedMemory final : public Memory {
  public:
-  /// Allocates `bytes` (rounded up to 2 MiB), zeroed and backed, so that exhaustion is an error
-  /// here and never a SIGBUS later. Errors: Errc::os (ENOSPC, ENOMEM, EMFILE), Errc::bad_argument
-  /// for 0 bytes.
+  /// Allocates `bytes` (rounded up to 2 MiB, below 2 MiB to a page), zeroed and backed, so that
+  /// exhaustion is an error here and never a SIGBUS later. Errors: Errc::os (ENOSPC, ENOMEM,
+  /// EMFILE), Errc::bad_argument for 0 bytes.
   /// @param label  shows in /proc/PID/maps and in error messages.
   [[nodiscard]] static Result<std::shared_ptr<SharedMemory>> allocate(std::size_t bytes,
                                                                       const char* label = "refit");
