@@ -1,31 +1,35 @@
 #include "torch_cast.hpp"
 
-#include <torch/torch.h>
+// Not torch/torch.h, which takes five times as long to read.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/randn.h>
+#include <ATen/ops/zeros.h>
 
 namespace refit::bench {
 namespace {
 
-torch::ScalarType scalar_type(DType dtype) {
+at::ScalarType scalar_type(DType dtype) {
   switch (dtype) {
     case DType::bfloat16:
-      return torch::kBFloat16;
+      return at::kBFloat16;
     case DType::float16:
-      return torch::kFloat16;
+      return at::kHalf;
     default:
-      return torch::kFloat32;
+      return at::kFloat;
   }
 }
 
 }  // namespace
 
 struct TorchCast::Tensors {
-  torch::Tensor source;
-  torch::Tensor target;
+  at::Tensor source;
+  at::Tensor target;
 };
 
 TorchCast::TorchCast(DType from, DType to, std::int64_t elements)
-    : tensors_(new Tensors{torch::randn({elements}).to(scalar_type(from)),
-                           torch::zeros({elements}, scalar_type(to))}) {}
+    : tensors_(new Tensors{at::randn({elements}).to(scalar_type(from)),
+                           at::zeros({elements}, scalar_type(to))}) {}
 
 TorchCast::~TorchCast() = default;
 

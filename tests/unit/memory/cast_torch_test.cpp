@@ -4,7 +4,8 @@
 // Which NaN is not asked: libtorch 1.13 gives 0xffff or 0x7fc0 by the path that it takes. By
 // default every 257th float32; with REFIT_WHOLE_SCAN in the environment all of them, which takes
 // minutes.
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <gtest/gtest.h>
 
 #include <cstdlib>
