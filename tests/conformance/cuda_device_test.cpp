@@ -290,7 +290,7 @@ TEST_P(DevicesWithOneHashingThread, TenThousandRefitsWithDigestsLeaveNothingBehi
     }
   };
   // Readers, threads and their stacks are made when first needed.
-  round(200);
+  round(rounds(200));
   // What was replaced is let go in the background.
   if (cuda::Driver::fake()) {
     const auto report = daemon_report();
@@ -310,7 +310,7 @@ TEST_P(DevicesWithOneHashingThread, TenThousandRefitsWithDigestsLeaveNothingBehi
     return same;
   }));
   const std::size_t maps = count_maps(daemon_.pid());
-  for (unsigned i = 0; i < rounds(10); ++i) round(500);
+  for (unsigned i = 0; i < 10; ++i) round(rounds(500));
   EXPECT_TRUE(eventually([&] { return held_by_daemon() == held; }));
   EXPECT_TRUE(eventually([&] { return count_fds(daemon_.pid()) == fds; }))
       << fds << " before, " << count_fds(daemon_.pid()) << " after";
