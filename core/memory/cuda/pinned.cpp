@@ -1,9 +1,10 @@
 #include "memory/cuda/pinned.hpp"
 
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <new>
+#include <cerrno>
 
 namespace refit::cuda {
 
@@ -59,17 +60,20 @@ Result<std::unique_ptr<PinnedBuffer>> PinnedBuffer::allocate(std::shared_ptr<con
                                                              std::size_t bytes,
                                                              const std::string& label) {
   const auto page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
-  const std::size_t whole = (bytes + page - 1) / page * page;
-  std::unique_ptr<std::byte[], Free> memory(
-      static_cast<std::byte*>(::operator new[](whole, std::align_val_t{page})));
-  std::fill_n(memory.get(), whole, std::byte{0});
+  const std::size_t whole = std::max((bytes + page - 1) / page, std::size_t{1}) * page;
+  // Pages of the kernel's are zeroed, and faulted in by what pins them.
+  void* const mapped =
+      ::mmap(nullptr, whole, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapped == MAP_FAILED)
+    return fail_os(label + ": mapping " + std::to_string(whole) + " bytes", errno);
+  std::unique_ptr<std::byte[], Unmap> memory(static_cast<std::byte*>(mapped), {whole});
+  // Tensors pass through it, and a crash report must not carry them.
+  ::madvise(mapped, whole, MADV_DONTDUMP);
   REFIT_TRY_ASSIGN(auto range, PinnedRange::pin(std::move(context), memory.get(), whole,
                                                 Access::read_write, label));
   return std::unique_ptr<PinnedBuffer>(new PinnedBuffer(std::move(memory), std::move(range)));
 }
 
-void PinnedBuffer::Free::operator()(std::byte* memory) const noexcept {
-  ::operator delete[](memory, std::align_val_t{static_cast<std::size_t>(::sysconf(_SC_PAGESIZE))});
-}
+void PinnedBuffer::Unmap::operator()(std::byte* memory) const noexcept { ::munmap(memory, bytes); }
 
 }  // namespace refit::cuda

@@ -58,19 +58,21 @@ class PinnedRange {
 /// Memory of this process that is pinned for as long as this lives.
 class PinnedBuffer {
  public:
-  /// At least `bytes`, rounded up to pages, zeroed. Errors: those of PinnedRange::pin().
+  /// At least `bytes`, rounded up to pages, zeroed. Errors: those of PinnedRange::pin(), Errc::os
+  /// (ENOMEM).
   [[nodiscard]] static Result<std::unique_ptr<PinnedBuffer>> allocate(
       std::shared_ptr<const Context> context, std::size_t bytes, const std::string& label);
   [[nodiscard]] std::byte* data() const noexcept { return memory_.get(); }
 
  private:
-  struct Free {
+  struct Unmap {
+    std::size_t bytes = 0;
     void operator()(std::byte* memory) const noexcept;
   };
-  PinnedBuffer(std::unique_ptr<std::byte[], Free> memory, PinnedRange&& range) noexcept
+  PinnedBuffer(std::unique_ptr<std::byte[], Unmap> memory, PinnedRange&& range) noexcept
       : memory_(std::move(memory)), range_(std::move(range)) {}
 
-  std::unique_ptr<std::byte[], Free> memory_;
+  std::unique_ptr<std::byte[], Unmap> memory_;
   PinnedRange range_;
 };
 
