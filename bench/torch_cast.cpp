@@ -1,6 +1,6 @@
 #include "torch_cast.hpp"
 
-// Not torch/torch.h, which takes five times as long to read.
+// Not torch/torch.h, which takes several times as long to read.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/randn.h>
