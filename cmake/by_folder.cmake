@@ -1,9 +1,9 @@
 # Compiles the sources of targets as one file for each of their folders, because parsing headers is most of what a build
-# does: what ships in the sanitizers' builds, and with ALWAYS in every one. The files of a folder must go together;
-# scripts/analyse sees to it for what ships. Elsewhere that is compiled file by file, so that a missing include shows.
+# does. The files of a folder must go together; scripts/analyse sees to it for what ships. A Debug build compiles what
+# ships file by file, so that a missing include shows where code is written; ALWAYS: that one by folder, too.
 function(refit_compile_by_folder)
   cmake_parse_arguments(by_folder "ALWAYS" "" "" ${ARGN})
-  if(NOT REFIT_SANITIZER AND NOT by_folder_ALWAYS)
+  if(CMAKE_BUILD_TYPE STREQUAL "Debug" AND NOT by_folder_ALWAYS)
     return()
   endif()
   foreach(target IN LISTS by_folder_UNPARSED_ARGUMENTS)
@@ -14,5 +14,7 @@ function(refit_compile_by_folder)
       set_source_files_properties(${source} PROPERTIES UNITY_GROUP ${group})
     endforeach()
     set_target_properties(${target} PROPERTIES UNITY_BUILD ON UNITY_BUILD_MODE GROUP)
+    # It warns of anonymous namespaces in every file but the one that is compiled, taking the others for headers.
+    target_compile_options(${target} PRIVATE $<$<CXX_COMPILER_ID:GNU>:-Wno-subobject-linkage>)
   endforeach()
 endfunction()
