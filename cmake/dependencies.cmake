@@ -10,10 +10,6 @@ else()
   include(cmake/host_packages.cmake)
 endif()
 
-if(REFIT_TESTS)
-  include(GoogleTest)
-endif()
-
 set(REFIT_HAVE_TORCH OFF)
 set(REFIT_TORCH_WHEEL "" CACHE PATH
   "folder `torch` of an installed PyTorch wheel, whose libtorch is to be taken as it lies there")

@@ -50,16 +50,18 @@ cat > core/planted.cpp << 'EOF'
 #include <pthread.h>
 #include <string>
 unsigned long bigger(int* values) { return sizeof(sizeof(values)); }
-unsigned long slower(const std::string text) { return text.size(); }
+unsigned long slower(const std::string (&all)[2]) { for (const std::string text : all) return text.size(); return 0; }
+unsigned long copied(const std::string text) { return text.size(); }
 void stopped(int* old) { pthread_setcanceltype(PTHREAD_CANCEL_ASYNCHRONOUS, old); }
 int ignored(int count) { return 1; }
 int unset(bool yes) { int count; if (yes) count = 1; else count = 2; return count; }
 EOF
 if said=$($analyse 2>&1); then fail "$analyse passes with faults in core/planted.cpp"; fi
-for rule in bugprone-sizeof-expression performance-unnecessary-value-param concurrency-thread-canceltype-asynchronous \
+for rule in bugprone-sizeof-expression performance-for-range-copy concurrency-thread-canceltype-asynchronous \
   misc-unused-parameters cppcoreguidelines-init-variables; do
   [[ $said == *"$rule,-warnings-as-errors"* ]] || fail "$analyse does not fail for $rule: $said"
 done
+[[ $said == *"[passedByValue]"* ]] || fail "$analyse does not fail for passedByValue: $said"
 expect_red "$analyse" '[nullPointer]' core/planted.cpp \
   <<< 'int planted(bool yes) { const int* count = nullptr; if (yes) return 0; return *count; }'
 echo "lint_test: every lint was seen red"

@@ -22,6 +22,9 @@ add_test(NAME two COMMAND ${PROJECT_BINARY_DIR}/two)
 add_test(NAME script COMMAND ${PROJECT_SOURCE_DIR}/tests/script.sh)
 set_tests_properties(one two PROPERTIES SKIP_RETURN_CODE 77)
 """
+REPORTING = """add_test(NAME many COMMAND ${PROJECT_BINARY_DIR}/many)
+set_tests_properties(many PROPERTIES ENVIRONMENT GTEST_OUTPUT=xml:${PROJECT_BINARY_DIR}/many.xml)
+"""
 PRESETS = """{"version": 4,
  "configurePresets": [{"name": "p", "generator": "Ninja", "binaryDir": "${sourceDir}/build/p"}],
  "testPresets": [{"name": "p", "configurePreset": "p"}]}
@@ -98,6 +101,32 @@ class RunTests(unittest.TestCase):
         self.script("build/p/one", 1)
         self.assertEqual(self.run_tests()[0], "1 1 2")
         self.assertEqual(self.run_tests()[0], "1 1 2")
+
+    def test_program_counts_as_the_tests_in_its_report(self):
+        self.write("CMakeLists.txt", LISTS + REPORTING)
+        subprocess.run(["cmake", "--preset", "p"], cwd=self.root, stdout=subprocess.DEVNULL, check=True)
+        passes = '<testcase classname="S" name="A" result="completed"/>'
+        disabled = '<testcase classname="S" name="DISABLED_B" result="suppressed"/>'
+
+        def after(status, *reported):
+            report = f"echo '<r>{''.join(reported)}</r>' > ${{GTEST_OUTPUT#xml:}}\n" if reported else ""
+            self.write("build/p/many", f"#!/bin/sh\n{report}exit {status}\n").chmod(0o755)
+            return self.run_tests()
+
+        self.assertEqual(after(0, passes, disabled)[0], "4 0 0", "one that is disabled is no test")
+        self.assertEqual(after(0, passes, passes.replace('"A"', '"C"'))[0], "2 0 3")
+        self.assertEqual(self.run_tests()[0], "0 0 5")
+        for reported, status, expected, name in (
+                ([passes, '<testcase classname="S" name="C" result="skipped"/>'], 0, "2 1 3", "many S.C (notrun)"),
+                ([passes, '<testcase classname="S" name="C" result="completed"><failure/></testcase>'], 1, "2 1 3",
+                 "many S.C (fail)"),
+                ([passes], 1, "2 1 3", "many (fail)"),
+                ([disabled], 0, "1 1 3", "many (no test in its report)"),
+                ([], 0, "1 1 3", "many (no test in its report)"),
+                ([], 1, "1 1 3", "many (fail)")):
+            said, why = after(status, *reported)
+            self.assertEqual(said, expected)
+            self.assertIn(f"not passed: {name}", why)
 
     def test_no_test_at_all_is_a_failure(self):
         self.write("CMakeLists.txt", LISTS.split("add_test")[0])

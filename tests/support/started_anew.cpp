@@ -26,6 +26,9 @@ StartedAnew::StartedAnew(const char* mark, const std::map<std::string, std::stri
   if (pid_ != 0) return;
   ::prctl(PR_SET_PDEATHSIG, SIGKILL);
   ::fcntl(to.get(), F_SETFD, 0);
+  // Of the tests of this process: what it was told of its share, and where it reports.
+  for (const char* const name : {"GTEST_TOTAL_SHARDS", "GTEST_SHARD_INDEX", "GTEST_OUTPUT"})
+    ::unsetenv(name);
   ::setenv(mark, number.c_str(), 1);
   for (const auto& [name, value] : more) ::setenv(name.c_str(), value.c_str(), 1);
   ::execv("/proc/self/exe", argv.data());

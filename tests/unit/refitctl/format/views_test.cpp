@@ -14,7 +14,7 @@ namespace {
 
 using test::contains;
 
-using nlohmann::json;
+using Json = nlohmann::json;
 
 Digest sha(char digit) { return *Digest::from_hex(std::string(64, digit)); }
 
@@ -100,8 +100,8 @@ TEST(Views, WhatIsAnotherUsersIsLeftOpen) {
   EXPECT_EQ(modules_text(status, Style{}),
             "MODULE       STATE    VERSION  TENSORS  SIZE  REFITS  SOURCE  TRANSACTION\n"
             "engine0/vae  initial        0        -     -       -  -       -\n");
-  EXPECT_EQ(json::parse(status_json(status)).at("sessions").at(0).at("restricted"), true);
-  EXPECT_EQ(json::parse(status_json(status)).at("modules").at(0).at("restricted"), true);
+  EXPECT_EQ(Json::parse(status_json(status)).at("sessions").at(0).at("restricted"), true);
+  EXPECT_EQ(Json::parse(status_json(status)).at("modules").at(0).at("restricted"), true);
 }
 
 TEST(Views, LinesOfAWatchHoldWhatChanges) {
@@ -118,11 +118,11 @@ TEST(Views, JsonOfATurnIsOneLine) {
       silence_json_line(Error{Errc::daemon_gone, 0, "gone", {}}, "now", "looking");
 
   EXPECT_EQ(answer.find('\n'), answer.size() - 1);
-  EXPECT_EQ(json::parse(answer).at("daemon"),
-            json::parse(status_json(sample_status())).at("daemon"));
-  EXPECT_TRUE(json::parse(answer).at("note").is_null());
-  EXPECT_EQ(json::parse(silence),
-            (json{{"time", "now"},
+  EXPECT_EQ(Json::parse(answer).at("daemon"),
+            Json::parse(status_json(sample_status())).at("daemon"));
+  EXPECT_TRUE(Json::parse(answer).at("note").is_null());
+  EXPECT_EQ(Json::parse(silence),
+            (Json{{"time", "now"},
                   {"note", "looking"},
                   {"error", {{"code", "daemon_gone"}, {"message", "gone"}}}}));
 }
@@ -200,13 +200,13 @@ TEST(Views, PoisonedModuleIsShownAsSuch) {
   EXPECT_TRUE(contains(status_text(status, Style{}), "poisoned"));
   EXPECT_TRUE(contains(status_text(status, Style{true}), "\x1b[1;31mpoisoned\x1b[0m"));
   EXPECT_TRUE(contains(modules_text(status, Style{}), "poisoned"));
-  EXPECT_EQ(json::parse(modules_json(status))["modules"][0]["state"], "poisoned");
+  EXPECT_EQ(Json::parse(modules_json(status))["modules"][0]["state"], "poisoned");
 }
 
 TEST(Views, StatusJsonHasItsKeys) {
-  const json root = json::parse(status_json(sample_status()));
+  const Json root = Json::parse(status_json(sample_status()));
 
-  const json daemon = {{"version", "0.1.0"},
+  const Json daemon = {{"version", "0.1.0"},
                        {"pid", 4711},
                        {"uptime_us", 187'000'000},
                        {"socket", "/run/refitd/refitd.sock"},
@@ -216,7 +216,7 @@ TEST(Views, StatusJsonHasItsKeys) {
                        {"draining", false},
                        {"refits", 12}};
   EXPECT_EQ(root.at("daemon"), daemon);
-  const json session = {{"id", 3},
+  const Json session = {{"id", 3},
                         {"role", "engine"},
                         {"name", "engine0"},
                         {"uid", 1000},
@@ -229,8 +229,8 @@ TEST(Views, StatusJsonHasItsKeys) {
                         {"age_us", 65'000'000},
                         {"restricted", false}};
   EXPECT_EQ(root.at("sessions").at(0), session);
-  EXPECT_EQ(json::parse(sessions_json(sample_status())).at("sessions"), root.at("sessions"));
-  const json refitted = {{"engine", "engine0"},
+  EXPECT_EQ(Json::parse(sessions_json(sample_status())).at("sessions"), root.at("sessions"));
+  const Json refitted = {{"engine", "engine0"},
                          {"module", "transformer"},
                          {"state", "committed"},
                          {"version", 12},
@@ -255,14 +255,14 @@ TEST(Views, StatusJsonHasItsKeys) {
   EXPECT_TRUE(root.at("modules").at(1).at("source").is_null());
   EXPECT_TRUE(root.at("modules").at(1).at("proven_version").is_null());
   EXPECT_TRUE(root.at("modules").at(1).at("transaction").is_null());
-  EXPECT_EQ(json::parse(modules_json(sample_status())).at("modules"), root.at("modules"));
+  EXPECT_EQ(Json::parse(modules_json(sample_status())).at("modules"), root.at("modules"));
 }
 
 TEST(Views, PhasesThatAreNoNumbersStayJson) {
   DaemonStatus status = sample_status();
   status.modules[0].last.copy_us = std::numeric_limits<float>::quiet_NaN();
 
-  const json root = json::parse(status_json(status));
+  const Json root = Json::parse(status_json(status));
 
   EXPECT_TRUE(root["modules"][0]["last_refit"]["copy_us"].is_null());
 }
@@ -284,20 +284,20 @@ TEST(Views, TensorsShowWhereTheirBytesAre) {
             "proj.weight  torch.bfloat16  (128, 64)  (64, 1)       0    4096  16.0 KiB\n"
             "step         torch.int64     ()         -             0       0       8 B\n");
 
-  const json root = json::parse(tensors_json({"e0", "dit"}, {whole, scalar}));
+  const Json root = Json::parse(tensors_json({"e0", "dit"}, {whole, scalar}));
   EXPECT_EQ(root.at("engine"), "e0");
   EXPECT_EQ(root.at("module"), "dit");
-  const json expected = {{"name", "proj.weight"},
+  const Json expected = {{"name", "proj.weight"},
                          {"dtype", "torch.bfloat16"},
                          {"shape", {128, 64}},
                          {"strides", {64, 1}},
                          {"region", 0},
                          {"offset_bytes", 4096},
                          {"bytes", 16384},
-                         {"global_shape", json::array()},
-                         {"box_offset", json::array()}};
+                         {"global_shape", Json::array()},
+                         {"box_offset", Json::array()}};
   EXPECT_EQ(root.at("tensors").at(0), expected);
-  EXPECT_EQ(root.at("tensors").at(1).at("shape"), json::array());
+  EXPECT_EQ(root.at("tensors").at(1).at("shape"), Json::array());
 }
 
 TEST(Views, PartOfALargerTensorShowsWhichPart) {
@@ -369,20 +369,20 @@ TEST(Views, CheckThatHoldsSaysSo) {
       check_text(sut, Style{}),
       "engine0/transformer  version 12, committed  ok\n"
       "2 of 2 tensors verified by sglang in 1.50 ms; proof of the whole module: up to date\n");
-  const json expected = {{"engine", "engine0"},
+  const Json expected = {{"engine", "engine0"},
                          {"module", "transformer"},
                          {"kind", "sglang"},
                          {"ok", true},
                          {"expected", 2},
                          {"equal", 2},
-                         {"missing", json::array()},
-                         {"mismatched", json::array()},
+                         {"missing", Json::array()},
+                         {"mismatched", Json::array()},
                          {"module_equal", nullptr},
                          {"tensors_live", 2},
                          {"state", "committed"},
                          {"version", 12},
                          {"proven_version", 12}};
-  EXPECT_EQ(json::parse(check_json(sut)), expected);
+  EXPECT_EQ(Json::parse(check_json(sut)), expected);
 }
 
 TEST(Views, CheckListsEveryNameThatFailed) {
@@ -400,9 +400,9 @@ TEST(Views, CheckListsEveryNameThatFailed) {
             "  a\n"
             "missing 1\n"
             "  b\n");
-  EXPECT_EQ(json::parse(check_json(sut)).at("ok"), false);
-  EXPECT_EQ(json::parse(check_json(sut)).at("mismatched"), json({"a"}));
-  EXPECT_EQ(json::parse(check_json(sut)).at("missing"), json({"b"}));
+  EXPECT_EQ(Json::parse(check_json(sut)).at("ok"), false);
+  EXPECT_EQ(Json::parse(check_json(sut)).at("mismatched"), Json({"a"}));
+  EXPECT_EQ(Json::parse(check_json(sut)).at("missing"), Json({"b"}));
 }
 
 TEST(Views, CheckOfAModuleThatIsNotWholeFailsWhateverItsBytes) {
@@ -429,7 +429,7 @@ TEST(Views, CheckOfTheModulesOwnDigestCounts) {
   sut.module_equal = false;
   EXPECT_FALSE(sut.ok());
   EXPECT_TRUE(contains(check_text(sut, Style{}), "module's digest differs"));
-  EXPECT_EQ(json::parse(check_json(sut)).at("module_equal"), false);
+  EXPECT_EQ(Json::parse(check_json(sut)).at("module_equal"), false);
 }
 
 TEST(Views, CheckSaysWhatItDidNotLookAt) {
